@@ -1,3 +1,9 @@
-"""Vision backbones with bi-level routing attention: BiFormer and DeBiFormer."""
+"""Vision backbones with bi-level routing attention: BiFormer and DeBiFormer.
+
+Importing this registers the presets with timm: `timm.create_model("debiformer_small")`.
+"""
+
+from .models import LoadReport, load_published
 
 __version__ = "0.1.0"
+__all__ = ["LoadReport", "load_published"]

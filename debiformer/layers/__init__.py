@@ -1,1 +1,23 @@
+"""The layers: the two routing attentions, which stand alone in any network, and what the backbones put around them."""
 
+from .bi_level_routing import BiLevelRoutingAttention
+from .deformable_bi_level_routing import DeformableBiLevelRoutingAttention, OffsetNetwork
+from .depthwise import DepthwiseConv2d
+from .feedforward import ConvFeedForward
+from .full_attention import FullAttention
+from .patch import ConvDownsample, ConvStem, PatchEmbedding, PatchMerging
+from .position import PositionalConvolution
+
+__all__ = [
+    "BiLevelRoutingAttention",
+    "ConvDownsample",
+    "ConvFeedForward",
+    "ConvStem",
+    "DeformableBiLevelRoutingAttention",
+    "DepthwiseConv2d",
+    "FullAttention",
+    "OffsetNetwork",
+    "PatchEmbedding",
+    "PatchMerging",
+    "PositionalConvolution",
+]

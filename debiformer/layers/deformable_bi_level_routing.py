@@ -1,0 +1,144 @@
+"""Deformable bi-level routing attention (Long et al., ACCV 2024)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.deformable import deformable_attention, reference_points, sample_points
+from ..ops.regions import Grid, as_grid, pad_to_grid
+from .bi_level_routing import RegionRouting
+from .depthwise import DepthwiseConv2d
+from .feedforward import ConvFeedForward
+
+
+class OffsetNetwork(nn.Module):
+    """Where to look: one point for every `stride` x `stride` cell of a query map, in each group of channels.
+
+    points = clamp(reference + offsets(q)), offsets = linear(GELU(norm(depthwise(q)))) (DeBiFormer, deformed points).
+
+    Args:
+        dim: Channels C.
+        kernel_size: Odd size of the depthwise filter that summarises a cell, K of the paper.
+        stride: Cell size, r of the paper.
+        groups: Channel groups with points of their own, G; must divide `dim`. All groups share the weights.
+        channels: 1 adds the same number to x and y, as the released code and checkpoints do, so that points move along the diagonal only;
+            2 moves them freely, as the paper's text has it.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, stride: int, groups: int, channels: int = 1) -> None:
+        super().__init__()
+        if dim % groups:
+            raise ValueError(f"offset_groups={groups} does not divide dim={dim}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"offset_kernel_size={kernel_size} is even; the cells it summarises have a centre")
+        if channels not in (1, 2):
+            raise ValueError(f"offset_channels={channels} is neither 1 (released code) nor 2 (paper)")
+        self.groups = groups
+        self.depthwise = DepthwiseConv2d(dim // groups, kernel_size, stride, bias=False)
+        self.norm = nn.LayerNorm(dim // groups)
+        self.project = nn.Linear(dim // groups, channels, bias=False)
+
+    def forward(self, q: Tensor) -> Tensor:
+        """Queries (B, H, W, C) -> points (B, G, h, w, 2) as (x, y) in [-1, 1], with h = ceil(H / stride) and w likewise."""
+        groups = q.unflatten(-1, (self.groups, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        offsets = self.project(F.gelu(self.norm(self.depthwise(groups))))
+        # Half precision would blur the points by more than a pixel of a large map.
+        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+        height, width = offsets.shape[1:3]
+        points = offsets + reference_points(height, width, dtype=offsets.dtype, device=offsets.device)
+        return points.clamp(-1, 1).unflatten(0, (-1, self.groups))
+
+
+class DeformableBiLevelRoutingAttention(RegionRouting):
+    """Agents, sampled where an offset network points, gather from the regions they are routed to; every pixel then asks the agents.
+
+    DeBiFormer's DBRA: agents a = x sampled at the points, a += routed attention(a) + LCE(v), a += MLP(norm(a)), and then
+    softmax(scale * q k(a)^T + B) v(a) for the queries q of all pixels. Takes maps of any height and width: the map and the grid of agents
+    are padded with zeros below and on the right until the region grid divides them, as the published layer does, and the padding takes
+    part in the attention.
+
+    Args:
+        dim: Channels C.
+        num_heads: Attention heads; must divide `dim`.
+        region_grid: Rows and columns of regions, or one number for both.
+        topk: Regions each region of agents is routed to, from 1 to rows * columns.
+        point_stride: One agent for every `point_stride` x `point_stride` pixels, r of the paper.
+        offset_kernel_size: Odd size of the offset network's filter, K of the paper.
+        offset_groups: Channel groups with points of their own, G; must divide `num_heads`.
+        bias_grid: Rows and columns of the pixel grid at which the bias table holds one entry for each displacement; at another size it is
+            interpolated. The published models use the size of the stage's map for a 224 pixel image.
+        agent_mlp_ratio: Hidden width of the agents' feed-forward, D_r of the paper.
+        offset_channels: 1 as released, 2 as the paper's text has it; see `OffsetNetwork`.
+        soft_routing, layout, backend: As for `BiLevelRoutingAttention`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        region_grid: int | Grid = 7,
+        topk: int = 4,
+        *,
+        point_stride: int = 4,
+        offset_kernel_size: int = 7,
+        offset_groups: int = 1,
+        bias_grid: int | Grid = 28,
+        agent_mlp_ratio: float = 3,
+        offset_channels: int = 1,
+        soft_routing: bool = False,
+        layout: str = "NHWC",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, region_grid, topk, soft_routing, layout, backend)
+        if num_heads % offset_groups:
+            raise ValueError(f"offset_groups={offset_groups} does not divide num_heads={num_heads}")
+        rows, cols = as_grid(bias_grid)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.offset_network = OffsetNetwork(dim, offset_kernel_size, point_stride, offset_groups, offset_channels)
+        self.local_context = DepthwiseConv2d(dim, kernel_size=5, stride=point_stride)
+        self.agent_query = nn.Linear(dim, dim)
+        self.agent_proj = nn.Linear(dim, dim)
+        self.agent_norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.agent_mlp = ConvFeedForward(dim, agent_mlp_ratio)
+        self.agent_norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.agent_key = nn.Linear(dim, dim)
+        self.agent_value = nn.Linear(dim, dim)
+        self.bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_heads, 2 * rows - 1, 2 * cols - 1), std=0.01))
+        self.proj = nn.Linear(dim, dim)
+
+    def attend(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        x = pad_to_grid(x, self.region_grid)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        points = self.offset_network(q)
+        agents = self.gather(pad_to_grid(sample_points(x, points), self.region_grid), k, v)
+        # Agents that only fill up the grid sit at the centre of the image.
+        points = pad_to_grid(points.flatten(0, 1), self.region_grid).unflatten(0, (-1, self.offset_network.groups))
+        out = deformable_attention(
+            self.heads(q),
+            self.heads(self.agent_key(agents)),
+            self.heads(self.agent_value(agents)),
+            points.flatten(2, 3),
+            self.bias_table,
+            (x.shape[1], x.shape[2]),
+            scale=self.scale,
+            backend=self.backend,
+        )
+        return self.proj(out.transpose(1, 2).flatten(2).view_as(x))[:, :height, :width]
+
+    def gather(self, agents: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Agents (B, h, w, C) after attention to their routed regions of k and v (B, H, W, C), and their feed-forward."""
+        context = pad_to_grid(self.local_context(v), self.region_grid)
+        agents = agents + self.agent_proj(self.routed(self.agent_query(agents), k, v) + context)
+        agents = agents + self.agent_mlp(self.agent_norm1(agents))
+        return self.agent_norm2(agents)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, heads, H * W, C / heads)."""
+        return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

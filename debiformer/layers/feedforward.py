@@ -1,0 +1,26 @@
+"""The convolutional feed-forward of DeBiFormer."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .depthwise import DepthwiseConv2d
+
+
+class ConvFeedForward(nn.Module):
+    """Expand, add a depthwise 3x3 convolution, GELU, contract. (B, H, W, C) -> the same.
+
+    Args:
+        dim: Channels C.
+        ratio: Hidden width as a multiple of `dim`, B_r of the paper (D_r for the agents).
+    """
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.depthwise = DepthwiseConv2d(hidden, kernel_size=3)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(F.gelu(x + self.depthwise(x)))

@@ -1,0 +1,225 @@
+"""Published checkpoints: their key names to ours, and what does not fit, by name."""
+
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+_logger = logging.getLogger(__name__)
+
+# Where the published files are; `missing_weights` names them.
+PUBLISHED = {
+    "debiformer": (
+        "the file {name} of the DeBiFormer release (https://github.com/maclong01/DeBiFormer, on Google Drive)",
+        {"debiformer_tiny": "debi_tiny", "debiformer_small": "debi_small", "debiformer_base": "debi_base"},
+    ),
+    "biformer": (
+        "the file {name} of the BiFormer release (https://github.com/rayleizhu/BiFormer, on OneDrive; its links fail since early 2026)",
+        {n: f"{n}_in1k" for n in ("biformer_tiny", "biformer_small", "biformer_base", "biformer_stl")},
+    ),
+}
+
+
+def missing_weights(name: str) -> str:
+    """What to tell a user who asks for pretrained weights of a preset that has none configured."""
+    for where, files in PUBLISHED.values():
+        if name in files:
+            meant = f"The published weights are {where.format(name=files[name])}."
+            break
+    else:
+        meant = "It is a preset of this library that has no published weights."
+    return (
+        f"no pretrained weights are configured for {name}: no Hub id, URL or file. {meant} Load a local copy with"
+        f" debiformer.load_published(path, model), or timm.create_model({name!r}, pretrained=True, pretrained_cfg_overlay=dict(file=path))."
+    )
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint file by name: .safetensors, or what torch.save wrote. Nothing but tensors is brought to life.
+
+    Published files also hold training arguments and optimizer states; their objects are read as inert placeholders, so no code runs.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no checkpoint, is damaged, or holds no tensors under "model", "state_dict" or at the top.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_placeholder(name), name) for name in names]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{path} is not a readable checkpoint ({error}); if it was downloaded, compare its size with the original"
+        ) from error
+    return find_tensors(checkpoint, str(path))
+
+
+def _placeholder(name: str) -> type:
+    """A class that stands in for `name` in a pickle, takes whatever state it is given, and does nothing with it."""
+    return type(name.rpartition(".")[2], (), {"__new__": lambda cls, *_, **__: object.__new__(cls), "__setstate__": lambda self, _: None})
+
+
+def find_tensors(checkpoint: Any, source: str = "the state dict") -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: under "model" or "state_dict", or at the top.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    tensors = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)} if isinstance(checkpoint, Mapping) else {}
+    if not tensors:
+        found = f"keys {sorted(map(str, checkpoint))[:8]}" if isinstance(checkpoint, Mapping) else f"a {type(checkpoint).__name__}"
+        raise ValueError(f"{source} holds no tensors under 'model', 'state_dict' or at the top; found {found}")
+    return tensors
+
+
+_OUTSIDE = (
+    (r"^downsample_layers\.0\.", r"stem."),
+    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+    (r"^extra_norms\.(\d+)\.(?:ln\.)?", r"feature_norms.\1."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+# One published DeBiFormer block is two of ours, BRA or DBRA first, then DBRA: which of the two, and what it is called there.
+_PAIRED = {
+    "pos_embed1": (0, "position"),
+    "norm1": (0, "norm1"),
+    "attn1": (0, "mixer"),
+    "norm2": (0, "norm2"),
+    "mlp1": (0, "mlp"),
+    "pos_embed2": (1, "position"),
+    "norm3": (1, "norm1"),
+    "attn2": (1, "mixer"),
+    "norm4": (1, "norm2"),
+    "mlp2": (1, "mlp"),
+}
+_SINGLE = {"pos_embed": "position", "attn": "mixer"}  # BiFormer: block for block
+_INSIDE = {
+    "mixer": {
+        "qkv.qkv": "qkv",
+        "qkv_conv.qkv": "qkv",
+        "qkv_linear": "qkv",
+        "lepe": "local_context",
+        "lepe1": "local_context",
+        "wo": "proj",
+        "proj_out": "proj",
+        "output_linear": "proj",
+        "rpe_table": "bias_table",
+        "proj_q": "agent_query",
+        "proj_k": "agent_key",
+        "proj_v": "agent_value",
+        "unifyheads1": "agent_proj",
+        "norm2": "agent_norm1",
+        "norm": "agent_norm2",
+        "mlp.linear1.0": "agent_mlp.fc1",
+        "mlp.dwc": "agent_mlp.depthwise",
+        "mlp.linear2.0": "agent_mlp.fc2",
+        "conv_offset_q.0": "offset_network.depthwise",
+        "conv_offset_q.1.norm": "offset_network.norm",
+        "conv_offset_q.3": "offset_network.project",
+    },
+    "mlp": {"linear1.0": "fc1", "dwc": "depthwise", "linear2.0": "fc2", "0": "fc1", "2": "fc2", "3": "fc2"},
+}
+
+
+def our_name(key: str, paired: bool) -> str:
+    """Our name of a published parameter or buffer; names that are ours already stay.
+
+    Args:
+        key: A name as the published DeBiFormer, BiFormer or BiFormer-STL has it.
+        paired: Whether the published blocks hold two mixers each, as DeBiFormer's do.
+    """
+    for pattern, replacement in _OUTSIDE:
+        key = re.sub(pattern, replacement, key)
+    if not (match := re.fullmatch(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(\w+)\.(.+)", key)):
+        return key
+    stage, block, part, rest = match[1], int(match[2]), match[3], match[4]
+    second, ours = _PAIRED.get(part, (0, part)) if paired else (0, _SINGLE.get(part, part))
+    block = 2 * block + second if paired else block
+    names = _INSIDE.get(ours, {})
+    path, dot, leaf = rest.rpartition(".")
+    return f"stages.{stage}.blocks.{block}.{ours}." + names.get(rest, names.get(path, path) + dot + leaf)
+
+
+def to_our_names(checkpoint: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Published checkpoint, in any of its wrappings, to a state dict in our names; timm's `checkpoint_filter_fn`.
+
+    Of a segmentation or detection checkpoint only the backbone is taken.
+    """
+    tensors = {key.removeprefix("module."): value for key, value in find_tensors(checkpoint).items()}
+    if any(key.startswith("backbone.") for key in tensors):
+        others = sorted({key.split(".")[0] for key in tensors if not key.startswith("backbone.")})
+        if others:
+            _logger.info("took the backbone, and left %s", ", ".join(others))
+        tensors = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
+    paired = any(".attn2." in key for key in tensors)
+    # Published 1x1 convolutions are linear layers here.
+    return {our_name(key, paired): v.flatten(1) if v.ndim == 4 and v.shape[2:] == (1, 1) else v for key, v in tensors.items()}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did beyond filling every parameter: names left in the file, and names that keep their initial values."""
+
+    left_behind: list[str] = field(default_factory=list)
+    at_start: list[str] = field(default_factory=list)
+
+
+def load_published(source: str | Path | Mapping[str, Any], model: nn.Module) -> LoadReport:
+    """Load a published DeBiFormer or BiFormer checkpoint, or one in our own names, into a model.
+
+    Args:
+        source: A file (.pth, .pt, .ckpt, .safetensors), or its content: a state dict, bare or under "model" or "state_dict", with
+            or without `backbone.` prefixes.
+        model: A preset of this library, or its `features_only` form.
+
+    Returns:
+        What was left out. That is nothing, but for a classification checkpoint in a model without a classifier: its head, and its final
+        norm where the model has none, are left behind, and feature norms keep their initial values.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or anything else is missing, unexpected or mis-shaped; every name is listed, and nothing loaded.
+    """
+    backbone = model.model if isinstance(model, FeatureGetterNet) else model
+    given = to_our_names(source if isinstance(source, Mapping) else read_checkpoint(source))
+    wanted = backbone.state_dict()
+    left_behind: list[str] = []
+    at_start: list[str] = []
+    if any(name.startswith("head.") for name in given) and getattr(backbone, "num_classes", None) == 0:
+        left_behind = [name for name in given if name not in wanted and name.startswith(("head.", "norm."))]
+        if not any(name.startswith("feature_norms.") for name in given):
+            at_start = [name for name in wanted if name.startswith("feature_norms.")]
+    problems = {
+        "missing": [name for name in wanted if name not in given and name not in at_start],
+        "unexpected": [name for name in given if name not in wanted and name not in left_behind],
+        "mis-shaped": [
+            f"{name} {tuple(given[name].shape)}, wanted {tuple(value.shape)}"
+            for name, value in wanted.items()
+            if name in given and given[name].shape != value.shape
+        ],
+    }
+    if any(problems.values()):
+        lists = "".join(f"\n{len(names)} {kind}:\n  " + "\n  ".join(names) for kind, names in problems.items() if names)
+        origin = "the state dict" if isinstance(source, Mapping) else source
+        remedy = "build the model as it was trained (preset, num_classes, feature_norms), and change it after loading (reset_classifier)"
+        raise ValueError(f"{origin} does not fit this {type(backbone).__name__}: {remedy}.{lists}")
+    backbone.load_state_dict({name: value for name, value in given.items() if name in wanted}, strict=False)
+    if left_behind or at_start:
+        _logger.warning("left behind: %s; at their start: %s", ", ".join(left_behind) or "nothing", ", ".join(at_start) or "nothing")
+    return LoadReport(left_behind, at_start)

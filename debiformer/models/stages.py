@@ -1,0 +1,102 @@
+"""What a stage is made of: its mixers, as data, and the block around each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ..layers import BiLevelRoutingAttention, DeformableBiLevelRoutingAttention, FullAttention, PositionalConvolution
+from ..ops.regions import Grid
+
+
+@dataclass(frozen=True)
+class BRA:
+    """Bi-level routing attention to `topk` regions."""
+
+    topk: int
+
+    def build(self, stage: "Stage", region_grid: Grid, bias_grid: int) -> nn.Module:
+        return BiLevelRoutingAttention(stage.dim, stage.num_heads, region_grid, self.topk)
+
+
+@dataclass(frozen=True)
+class DBRA:
+    """Deformable bi-level routing attention: one agent every `point_stride` pixels, each routed to `topk` regions."""
+
+    topk: int
+    point_stride: int
+    offset_kernel_size: int
+    offset_groups: int
+    offset_channels: int = 1
+
+    def build(self, stage: "Stage", region_grid: Grid, bias_grid: int) -> nn.Module:
+        return DeformableBiLevelRoutingAttention(
+            stage.dim,
+            stage.num_heads,
+            region_grid,
+            self.topk,
+            point_stride=self.point_stride,
+            offset_kernel_size=self.offset_kernel_size,
+            offset_groups=self.offset_groups,
+            bias_grid=bias_grid,
+            agent_mlp_ratio=stage.agent_mlp_ratio,
+            offset_channels=self.offset_channels,
+        )
+
+
+@dataclass(frozen=True)
+class Full:
+    """Full attention with local context enhancement, 8 heads at every width, as published."""
+
+    def build(self, stage: "Stage", region_grid: Grid, bias_grid: int) -> nn.Module:
+        return FullAttention(stage.dim)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a pyramid.
+
+    `depth` counts repetitions of `mixers`, as both papers count: a DeBiFormer stage of depth 2 with mixers (BRA, DBRA) has four blocks, a
+    BiFormer stage of depth 2 with mixers (BRA,) has two. Every block is one mixer and one feed-forward.
+    """
+
+    depth: int
+    dim: int
+    mixers: tuple[BRA | DBRA | Full, ...]
+    mlp_ratio: float
+    agent_mlp_ratio: float = 3
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of 32 channels, as in all published models."""
+        return self.dim // 32
+
+
+class Block(nn.Module):
+    """Position, mixer and feed-forward, each added to the map; (B, H, W, C) -> the same."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, position: bool, drop_path: float) -> None:
+        super().__init__()
+        self.position = PositionalConvolution(dim) if position else nn.Identity()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.position(x)
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def build_blocks(
+    stage: Stage, feed_forward: Callable[[int, float], nn.Module], position: bool, region_grid: Grid, bias_grid: int, drop_path: list[float]
+) -> list[Block]:
+    """The blocks of a stage; the mixers of one repetition share its entry of `drop_path`."""
+    return [
+        Block(stage.dim, mixer.build(stage, region_grid, bias_grid), feed_forward(stage.dim, stage.mlp_ratio), position, rate)
+        for rate in drop_path
+        for mixer in stage.mixers
+    ]

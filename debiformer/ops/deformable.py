@@ -1,0 +1,145 @@
+"""Deformable attention: a map sampled at learned points, and the attention of every pixel to those samples."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .observation import report
+
+
+def reference_points(height: int, width: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Centres (h, w, 2) of the cells of a regular grid, as (x, y) from -1 to 1; the points that offsets move."""
+    y, x = ((2 * torch.arange(n, dtype=dtype, device=device) + 1) / n - 1 for n in (height, width))
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
+
+
+def sample_points(x: Tensor, points: Tensor, *, backend: str = "auto") -> Tensor:
+    """Read a map at points between its pixels, bilinearly, as the deformed agents of DeBiFormer are; zero beyond the border.
+
+    Args:
+        x: Feature map (B, H, W, C).
+        points: Points (B, G, h, w, 2) as (x, y), where -1 and 1 are the centres of the border pixels. Group g reads the g-th of G equal
+            slices of the channels.
+        backend: "auto", "eager" (four gathers of whole tokens) or "reference".
+
+    Returns:
+        Samples (B, h, w, C).
+
+    Raises:
+        ValueError: If the shapes do not fit together, G does not divide C, or the backend is unknown.
+    """
+    if x.ndim != 4 or points.ndim != 5 or points.shape[-1] != 2 or points.shape[0] != x.shape[0]:
+        raise ValueError(f"expected x (B, H, W, C) and points (B, G, h, w, 2); got {tuple(x.shape)} and {tuple(points.shape)}")
+    if x.shape[-1] % points.shape[1]:
+        raise ValueError(f"the {points.shape[1]} groups of points do not divide the {x.shape[-1]} channels of x")
+    if backend not in SAMPLE_BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(SAMPLE_BACKENDS)}")
+    return SAMPLE_BACKENDS[backend](x, points)
+
+
+def _sample_rows(x: Tensor, points: Tensor) -> Tensor:
+    (batch, height, width, channels), groups = x.shape, points.shape[1]
+    tokens = x.reshape(batch * height * width * groups, channels // groups)  # a view: no copy per group of channels
+    points = points.permute(0, 2, 3, 1, 4)  # groups last, so that the samples come out as (B, h, w, G * C / G)
+    column, row = ((points[..., axis] + 1) * (0.5 * (n - 1)) for axis, n in enumerate((width, height)))
+    left, top = column.floor(), row.floor()
+    image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * height
+    group = torch.arange(groups, device=x.device)
+    out = torch.zeros((), dtype=points.dtype, device=x.device)
+    for i, row_weight in ((top, 1 - (row - top)), (top + 1, row - top)):
+        for j, column_weight in ((left, 1 - (column - left)), (left + 1, column - left)):
+            inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+            at = (image + i.clamp(0, height - 1).long()) * width + j.clamp(0, width - 1).long()
+            corner = tokens.index_select(0, (at * groups + group).flatten()).view(*at.shape, -1)
+            out = out + corner * (row_weight * column_weight * inside).unsqueeze(-1)
+    return out.flatten(3).to(x.dtype)
+
+
+def _sample_reference(x: Tensor, points: Tensor) -> Tensor:
+    return reference.sample_points(x.to(points.dtype), points).to(x.dtype)
+
+
+SAMPLE_BACKENDS = {"auto": _sample_rows, "eager": _sample_rows, "reference": _sample_reference}
+
+
+def deformable_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    points: Tensor,
+    bias_table: Tensor,
+    grid_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of every pixel to all sampled points, biased by their displacement: softmax(scale * q k^T + B) v (DeBiFormer, DBRA).
+
+    The bias of query n and point m in head h is head h's table, read bilinearly at half the displacement between them, which is
+    (x, y) from -1 to 1 and spans the table from corner to corner: one table serves every resolution.
+
+    Args:
+        q: Queries (B, H, N, D), one for each pixel of the grid, row by row.
+        k: Keys (B, H, M, D) of the points.
+        v: Values (B, H, M, D) of the points.
+        points: Where the points lie, (B, G, M, 2), as (x, y) from -1 to 1; head h belongs to group h * G // H.
+        bias_table: Biases (H, 2 * rows - 1, 2 * cols - 1); kept in its own precision, as the points are.
+        grid_size: Height and width of the query grid; their product is N.
+        scale: Factor on the dot products; D ** -0.5 where it is None.
+        backend: "auto", "eager" or "reference".
+
+    Returns:
+        (B, H, N, D).
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit together, or the backend is unknown.
+    """
+    _check(q, k, v, points, bias_table, grid_size)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    report("deformable_attention", q=q, k=k, v=v, points=points, bias_table=bias_table, grid_size=grid_size, scale=scale)
+    return BACKENDS[backend](q, k, v, points, bias_table, grid_size, scale)
+
+
+def position_bias(points: Tensor, bias_table: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Relative position bias (B, H, N, M) of `deformable_attention`, whose arguments these are."""
+    height, width = grid_size
+    batch, groups, count, _ = points.shape
+    # From -1 to 1, and 0 where there is only one row or column.
+    y, x = ((2 * torch.arange(n, dtype=points.dtype, device=points.device) - (n - 1)) / max(n - 1, 1) for n in (height, width))
+    queries = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).view(1, 1, -1, 1, 2)
+    # Groups first: the tables need no copy for each image, and heads x images x queries x points comes out without a permute.
+    half_displacement = 0.5 * queries - 0.5 * points.transpose(0, 1).unsqueeze(2)
+    tables = bias_table.to(points.dtype).unflatten(0, (groups, -1))
+    bias = F.grid_sample(tables, half_displacement.flatten(1, 2), align_corners=True)
+    return bias.view(-1, batch, height * width, count).transpose(0, 1)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int], scale: float) -> Tensor:
+    bias = position_bias(points, bias_table, grid_size).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+BACKENDS = {"auto": _eager, "eager": _eager, "reference": reference.deformable_attention}
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int]) -> None:
+    shapes = (
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, points {tuple(points.shape)}, bias_table {tuple(bias_table.shape)}"
+    )
+    if not q.ndim == k.ndim == v.ndim == points.ndim == 4 or bias_table.ndim != 3:
+        raise ValueError(f"expected q (B, H, N, D), k and v (B, H, M, D), points (B, G, M, 2), bias_table (H, rows, columns); got {shapes}")
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q, k and v must agree in B, H and D, and k and v in all dimensions; got {shapes}")
+    if (points.shape[0], points.shape[2], points.shape[3]) != (k.shape[0], k.shape[2], 2) or q.shape[1] % points.shape[1]:
+        raise ValueError(f"points must be (B, G, M, 2) with the B and M of k, and G dividing the heads; got {shapes}")
+    if bias_table.shape[0] != q.shape[1]:
+        raise ValueError(f"bias_table must hold one table for each of the {q.shape[1]} heads; got {shapes}")
+    if len(grid_size) != 2 or grid_size[0] * grid_size[1] != q.shape[2]:
+        raise ValueError(f"grid_size={grid_size} does not hold the {q.shape[2]} queries of q")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must share one floating-point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device == points.device == bias_table.device:
+        raise ValueError(f"all tensors must be on one device; got {q.device}, {k.device}, {v.device}, {points.device}, {bias_table.device}")

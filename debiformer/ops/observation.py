@@ -1,0 +1,29 @@
+"""Watching the operations: what explanations read, straight from the code path that the model runs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+_watcher: ContextVar[Callable[..., None] | None] = ContextVar("debiformer_watcher", default=None)
+
+
+@contextmanager
+def watch(callback: Callable[..., None]) -> Iterator[None]:
+    """Call `callback(name, **arguments)` with the checked arguments of every attention operation that runs inside the block.
+
+    The operations run unchanged. Watching is local to the thread (and asyncio task) that asks for it, and sees nothing of a compiled model.
+    """
+    token = _watcher.set(callback)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def report(name: str, **arguments: Any) -> None:
+    """Tell the watcher, if there is one, that operation `name` is about to run with these arguments."""
+    if not torch.compiler.is_compiling() and (callback := _watcher.get()) is not None:
+        callback(name, **arguments)
