@@ -1,0 +1,136 @@
+"""What the tasks share: a timm model by name, timm's optimizers and cosine schedule, a stop at a loss that is not finite."""
+
+import math
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+import torch
+from lightning import LightningModule
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch import Tensor, nn
+
+from ..models.checkpoints import read_checkpoint
+from ..nearest import did_you_mean
+
+
+def create_model(name: str, num_classes: int, pretrained: bool | str = False, **model_args: Any) -> nn.Module:
+    """Any timm model by name, with published weights if wanted.
+
+    Args:
+        name: A name that `timm.list_models` knows, or a `hf-hub:` or `local-dir:` address.
+        num_classes: Width of the classifier.
+        pretrained: True takes the weights that timm knows for the model, a path those of that file.
+        model_args: Anything else that the model's constructor takes.
+
+    Raises:
+        ValueError: If timm has no such model, or the weights do not fit it.
+        FileNotFoundError: If there is no weights file at that path.
+    """
+    if ":" not in name and not timm.is_model(name):
+        raise ValueError(f"model={name!r} is unknown to timm: {did_you_mean(name, timm.list_models())}")
+    model = timm.create_model(name, pretrained=pretrained is True, num_classes=num_classes, **model_args)
+    if isinstance(pretrained, str):
+        load_weights(model, pretrained)
+    return model
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a published checkpoint, leaving only a classifier of another width as it was initialised.
+
+    Raises:
+        FileNotFoundError: If there is no file at `path`.
+        ValueError: If the file is no checkpoint, lacks weights of the model, or brings others.
+    """
+    weights = read_checkpoint(path)
+    from_published_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's convention
+    classifier = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a name, or a tuple of them
+    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    try:
+        if from_published_names is not None:
+            weights = from_published_names(weights, model)
+        for key, value in model.state_dict().items():
+            if key.startswith(prefixes) and key in weights and weights[key].shape != value.shape:
+                weights[key] = value
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as mismatch:  # timm's filters stumble over foreign names
+        raise ValueError(f"pretrained={path!r} does not fit {type(model).__name__}: {mismatch}") from mismatch
+
+
+class BaseTask(LightningModule):
+    """A model with an optimizer, a schedule and a loss that must stay finite.
+
+    A subclass calls `save_hyperparameters` with optimizer, lr, weight_decay, layer_decay, warmup_epochs, warmup_lr and min_lr among the
+    arguments, then `check_hyperparameters`, and sets `model`.
+    """
+
+    model: nn.Module
+
+    def check_hyperparameters(self) -> None:
+        """Raise a ValueError that names the first optimizer or schedule argument that cannot work."""
+        hparams = self.hparams
+        optimizers = [str(name) for name in list_optimizers()]
+        if hparams["optimizer"] not in optimizers:
+            raise ValueError(f"optimizer={hparams['optimizer']!r} is unknown to timm: {did_you_mean(hparams['optimizer'], optimizers)}")
+        if not hparams["lr"] > 0:
+            raise ValueError(f"lr={hparams['lr']} must be above 0")
+        for name in ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
+            if not hparams[name] >= 0:
+                raise ValueError(f"{name}={hparams[name]} must not be below 0")
+        if hparams["layer_decay"] is not None and not 0 < hparams["layer_decay"] <= 1:
+            raise ValueError(f"layer_decay={hparams['layer_decay']} must be above 0 and at most 1, or left out")
+
+    def configure_optimizers(self) -> Any:
+        """Timm's optimizer, and its cosine schedule stepped after every update: linear warm-up, then down to `min_lr` at the end."""
+        hparams, trainer = self.hparams, self.trainer
+        optimizer = create_optimizer_v2(
+            self.model,
+            opt=hparams["optimizer"],
+            lr=hparams["lr"],
+            weight_decay=hparams["weight_decay"],
+            layer_decay=hparams["layer_decay"],
+        )
+        updates = trainer.estimated_stepping_batches
+        if math.isinf(updates):
+            raise ValueError("a cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        updates_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        warmup = round(hparams["warmup_epochs"] * updates_per_epoch)
+        if warmup >= updates:
+            raise ValueError(
+                f"warmup_epochs={hparams['warmup_epochs']} takes {warmup} updates and the whole run has {updates}: "
+                "shorten the warm-up (model.warmup_epochs) or lengthen the run (trainer.max_epochs)"
+            )
+        schedule = CosineLRScheduler(
+            optimizer,
+            t_initial=int(updates),
+            lr_min=hparams["min_lr"],
+            warmup_t=warmup,
+            warmup_lr_init=hparams["warmup_lr"],
+            t_in_epochs=False,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Tell timm's scheduler the number of updates done."""
+        scheduler.step_update(self.global_step)
+
+    def log_training(self, loss: Tensor, batch_idx: int) -> None:
+        """Log train/loss and train/lr.
+
+        Raises:
+            FloatingPointError: If the loss is not finite.
+        """
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"train/loss is {loss.item()} at epoch {self.current_epoch}, batch {batch_idx}: lower model.lr (now {self.hparams['lr']}), "
+                "lengthen model.warmup_epochs, or set trainer.gradient_clip_val to 1.0"
+            )
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", max_lr(self.trainer.optimizers))
+
+
+def max_lr(optimizers: Iterable[torch.optim.Optimizer]) -> float:
+    """The learning rate of the group that layer decay scales least."""
+    return max(group["lr"] for optimizer in optimizers for group in optimizer.param_groups)

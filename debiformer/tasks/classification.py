@@ -1,0 +1,153 @@
+"""Image classification: one label per image."""
+
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import Mixup
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall, MulticlassStatScores
+
+from .base import BaseTask, create_model
+
+
+class ClassScore(NamedTuple):
+    """How one class fared: `recall` of its `images`, and `precision` of the images given its label (nan where there are none)."""
+
+    name: str
+    images: int
+    recall: float
+    precision: float
+
+
+class ClassificationTask(BaseTask):
+    """Train and evaluate any timm model as a classifier.
+
+    Args:
+        model: Name of a timm model.
+        class_names: Labels in the order of the targets; from the command line the data gives them.
+        input_size: Channels, height and width that the model is trained at; with the next four, what prediction must do to an image.
+        mean: Mean of every channel, in [0, 1].
+        std: Standard deviation of every channel.
+        crop_pct: Share of the resized image that the centre crop keeps.
+        interpolation: Name of the filter that resizes images.
+        model_args: Further arguments of the model's constructor.
+        pretrained: True takes the weights that timm knows for the model, a path those of that file.
+        drop_path_rate: Stochastic depth, 0 to 1; left out, the model's own.
+        optimizer: Name of a timm optimizer.
+        lr: Learning rate after the warm-up.
+        weight_decay: Weight decay; vectors and what the model names in `no_weight_decay` go without.
+        layer_decay: Factor of the learning rate from each layer to the one before it.
+        warmup_epochs: Epochs of linear warm-up; may be a fraction.
+        warmup_lr: Learning rate that the warm-up begins with.
+        min_lr: Learning rate that the cosine ends with.
+        label_smoothing: Share of the target spread over all classes, 0 to 1.
+        mixup: Alpha of Mixup; 0 leaves it out.
+        cutmix: Alpha of CutMix; 0 leaves it out.
+        mix_prob: Share of the batches that are mixed, 0 to 1.
+
+    Raises:
+        ValueError: If an argument is out of its range, or timm knows no such model or optimizer.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        class_names: list[str],
+        input_size: tuple[int, int, int] = (3, 224, 224),
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        crop_pct: float = 0.9,
+        interpolation: str = "bicubic",
+        model_args: dict[str, Any] | None = None,
+        pretrained: bool | str = False,
+        drop_path_rate: float | None = None,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        layer_decay: float | None = None,
+        warmup_epochs: float = 0,
+        warmup_lr: float = 1e-6,
+        min_lr: float = 1e-5,
+        label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_prob: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore="pretrained")  # the weights are in the checkpoint: loading it must not ask for their source again
+        self.check_hyperparameters()
+        for name, value in {"label_smoothing": label_smoothing, "mix_prob": mix_prob, "drop_path_rate": drop_path_rate or 0}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} must be between 0 and 1")
+        for name, value in {"mixup": mixup, "cutmix": cutmix}.items():
+            if not value >= 0:
+                raise ValueError(f"{name}={value} must not be below 0")
+        if len(class_names) < 2:
+            raise ValueError(f"class_names={class_names} must name at least two classes")
+        num_classes = len(class_names)
+        self.model = create_model(model, num_classes, pretrained, drop_path_rate=drop_path_rate, **(model_args or {}))
+        self.mixer = Mixup(mixup, cutmix, prob=mix_prob, label_smoothing=0, num_classes=num_classes) if mixup or cutmix else None
+        metrics: dict[str, Metric | MetricCollection] = {
+            "acc": MulticlassAccuracy(num_classes, average="micro"),
+            "balanced_acc": MulticlassRecall(num_classes, average="macro"),
+        }
+        if num_classes > 5:
+            metrics["acc_top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+        self.val_metrics = MetricCollection(metrics, prefix="val/")
+        self.test_metrics = self.val_metrics.clone(prefix="test/")
+        self.counts = MulticlassStatScores(num_classes, average=None)
+        self.class_scores: list[ClassScore] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, classes)."""
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch of images (B, 3, H, W) and targets (B,), mixed if so asked."""
+        images, targets = self.mix(*batch) if self.mixer else batch
+        loss = F.cross_entropy(self(images), targets, label_smoothing=self.hparams["label_smoothing"])
+        self.log_training(loss, batch_idx)
+        return loss
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixup or CutMix of a batch, its targets (B, classes); the last image of an odd batch has no partner and stays as it is."""
+        assert self.mixer is not None
+        even = len(images) // 2 * 2
+        soft = F.one_hot(targets, self.mixer.num_classes).to(images.dtype)
+        if even:
+            mixed, soft_even = self.mixer(images[:even], targets[:even])
+            images, soft = torch.cat([mixed, images[even:]]), torch.cat([soft_even.to(soft), soft[even:]])
+        return images, soft
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count a batch into the val metrics."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count a batch into the test metrics."""
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the val metrics and set `class_scores`."""
+        self._conclude(self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics and set `class_scores`."""
+        self._conclude(self.test_metrics)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, metrics: MetricCollection) -> None:
+        images, targets = batch
+        logits = self(images)
+        self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=len(targets), prog_bar=True, sync_dist=True)
+        metrics.update(logits, targets)
+        self.counts.update(logits, targets)
+
+    def _conclude(self, metrics: MetricCollection) -> None:
+        self.log_dict(metrics.compute(), prog_bar=True)
+        metrics.reset()
+        hits, false_hits, _, _, images = self.counts.compute().double().T
+        self.counts.reset()
+        columns = (images.int().tolist(), (hits / images).tolist(), (hits / (hits + false_hits)).tolist())
+        self.class_scores = [ClassScore(*row) for row in zip(self.hparams["class_names"], *columns, strict=True)]

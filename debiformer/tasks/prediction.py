@@ -1,0 +1,92 @@
+"""Labels for a stream of images, whatever its length."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from .classification import ClassificationTask
+
+PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")
+
+
+class Guess(NamedTuple):
+    """A label and its probability."""
+
+    label: str
+    probability: float
+
+
+class Prediction(NamedTuple):
+    """What was found in a file: guesses, the likeliest first, or else the error that kept it from being read."""
+
+    path: Path
+    guesses: list[Guess]
+    error: str | None
+
+
+def read_hyperparameters(checkpoint: Path) -> dict:
+    """The arguments of the task that a checkpoint was saved from.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint of a classification run.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint}: no such file")
+    remedy = "give the best.ckpt or last.ckpt that `debiformer fit` wrote"
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises half a dozen kinds for a file of another format
+        raise ValueError(f"checkpoint {checkpoint} is not a torch checkpoint: {remedy}") from error
+    hparams = saved.get("hyper_parameters", {}) if isinstance(saved, dict) else {}
+    lacking = [name for name in ("model", "class_names", *PREPROCESSING) if name not in hparams]
+    if lacking:
+        raise ValueError(f"checkpoint {checkpoint} is not from a classification run, it lacks {', '.join(lacking)}: {remedy}")
+    return hparams
+
+
+def load_classifier(checkpoint: Path, device: str | torch.device = "cpu") -> ClassificationTask:
+    """The trained task in a checkpoint, ready to predict; raises what `read_hyperparameters` raises."""
+    read_hyperparameters(checkpoint)
+    task = ClassificationTask.load_from_checkpoint(checkpoint, map_location=device, weights_only=True)
+    return task.eval().requires_grad_(False)
+
+
+def predict(
+    task: ClassificationTask,
+    images: Iterable[tuple[Path, Image | Exception]],
+    transform: Callable[[Image], Tensor],
+    batch_size: int = 32,
+    topk: int = 3,
+) -> Iterator[Prediction]:
+    """Predictions in the order of the images, one batch in memory at a time.
+
+    Args:
+        task: A task in evaluation mode.
+        images: Every file with its image, or with the exception that reading it raised.
+        transform: From an image to the model's input (3, H, W).
+        batch_size: Files per pass through the model.
+        topk: Guesses per image; no more than there are classes.
+    """
+    names = task.hparams["class_names"]
+    stream = iter(images)
+    while batch := list(islice(stream, batch_size)):
+        inputs = [transform(image) for _, image in batch if isinstance(image, Image)]
+        guesses = iter(_guess(task, torch.stack(inputs), names, min(topk, len(names))) if inputs else ())
+        for path, image in batch:
+            if isinstance(image, Image):
+                yield Prediction(path, next(guesses), None)
+            else:
+                yield Prediction(path, [], str(image))
+
+
+@torch.inference_mode()
+def _guess(task: ClassificationTask, inputs: Tensor, names: list[str], topk: int) -> list[list[Guess]]:
+    probabilities, indices = task(inputs.to(task.device)).float().softmax(dim=-1).topk(topk)
+    rows = zip(indices.tolist(), probabilities.tolist(), strict=True)
+    return [[Guess(names[i], p) for i, p in zip(*row, strict=True)] for row in rows]
