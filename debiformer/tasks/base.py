@@ -12,7 +12,8 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
-from ..models.checkpoints import read_checkpoint
+from ..models.checkpoints import read_checkpoint, to_our_names
+from ..models.pyramid import Pyramid
 from ..nearest import did_you_mean
 
 
@@ -45,7 +46,8 @@ def load_weights(model: nn.Module, path: str) -> None:
         ValueError: If the file is no checkpoint, lacks weights of the model, or brings others.
     """
     weights = read_checkpoint(path)
-    from_published_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's convention
+    timms_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # where timm's models keep theirs
+    from_published_names = to_our_names if isinstance(model, Pyramid) else timms_filter
     classifier = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a name, or a tuple of them
     prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     try:

@@ -82,7 +82,7 @@ def test_vectors_and_what_the_model_names_go_without_weight_decay():
     ("arguments", "message"),
     [
         ({"model": "resnet05"}, r"model='resnet05' is unknown to timm: did you mean .*resnet"),
-        ({"optimizer": "adamww"}, r"optimizer='adamx' is unknown to timm: did you mean .*adamw"),
+        ({"optimizer": "adamww"}, r"optimizer='adamww' is unknown to timm: did you mean .*adamw"),
         ({"lr": 0.0}, "lr=0.0 must be above 0"),
         ({"lr": math.nan}, "lr=nan must be above 0"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0 must not be below 0"),
@@ -112,6 +112,15 @@ class TestPretrained:
         torch.save(published.state_dict(), tmp_path / "published.pth")
         model = create_model("test_convnext", 3, pretrained=str(tmp_path / "published.pth"))
         assert torch.equal(model.head.fc.weight, published.head.fc.weight)
+
+    def test_published_names_are_understood(self, tmp_path):
+        ours = timm.create_model("debiformer_nano", num_classes=7)
+        published = {f"backbone.{name}".replace("head.fc", "head"): value for name, value in ours.state_dict().items()}
+        torch.save({"model": published}, tmp_path / "published.pth")
+        model = create_model("debiformer_nano", 3, pretrained=str(tmp_path / "published.pth"))
+        assert model.head.fc.out_features == 3
+        for name, value in ours.state_dict().items():
+            assert name.startswith("head.fc.") or torch.equal(model.state_dict()[name], value)
 
     def test_weights_of_another_model_are_refused(self, tmp_path):
         torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")

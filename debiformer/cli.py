@@ -1,0 +1,88 @@
+"""The command line. Commands import what they need when they run, so that --help is quick."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from . import __version__
+from .nearest import did_you_mean
+
+EXTRAS = {"train": ("lightning", "jsonargparse", "torchmetrics", "tensorboard", "rich")}
+
+
+class Command(NamedTuple):
+    """A command: its line in --help, the function that takes its arguments and returns the exit code, the extra that it needs."""
+
+    summary: str
+    run: Callable[[list[str]], int]
+    extra: str | None = None
+
+
+def train_or_evaluate(command: str) -> Callable[[list[str]], int]:
+    """The function of fit, validate or test."""
+
+    def run(arguments: list[str]) -> int:
+        from . import training
+
+        training.run(command, arguments)
+        return 0
+
+    return run
+
+
+def predict(arguments: list[str]) -> int:
+    """Label images with a trained checkpoint."""
+    from . import labelling
+
+    return labelling.run(arguments)
+
+
+COMMANDS = {
+    "fit": Command("train a model with a recipe: --config image_folder --data.root DIR", train_or_evaluate("fit"), "train"),
+    "validate": Command("evaluate a checkpoint on the validation images", train_or_evaluate("validate"), "train"),
+    "test": Command("evaluate a checkpoint on the test images", train_or_evaluate("test"), "train"),
+    "predict": Command("label images with a checkpoint", predict, "train"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="debiformer",
+        description="Vision backbones with bi-level routing attention.",
+        usage="debiformer COMMAND ...",
+        epilog="commands:\n" + "\n".join(f"  {name:<11} {command.summary}" for name, command in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"debiformer {__version__}")
+    parser.add_argument("command", metavar="COMMAND", help="one of those below; COMMAND --help tells more")
+    name = parser.parse_args(arguments[:1]).command
+    if name not in COMMANDS:
+        parser.error(f"no command {name!r}: {did_you_mean(name, COMMANDS)}")
+    command = COMMANDS[name]
+    missing = [module for module in EXTRAS.get(command.extra or "", ()) if find_spec(module) is None]
+    if missing:
+        parser.error(f'debiformer {name} needs {", ".join(missing)}: pip install "debiformer[{command.extra}]"')
+    try:
+        return command.run(arguments[1:])
+    except Exception as error:
+        ours = written_by_us(error)
+        if ours is None:
+            raise
+        print(f"debiformer {name}: error: {ours}", file=sys.stderr)
+        return 2
+
+
+def written_by_us(error: BaseException | None) -> BaseException | None:
+    """The error itself, or what caused it, if this package raised it for the user to read: a traceback would bury it."""
+    while error is not None:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, ValueError | OSError | FloatingPointError) and raised_in.is_relative_to(Path(__file__).parent):
+            return error
+        error = error.__cause__
+    return None

@@ -1,0 +1,206 @@
+"""Commands fit, validate and test: Lightning's CLI with recipes by name, one folder per run, and nothing overwritten."""
+
+import argparse
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
+from rich.table import Table
+
+from .nearest import did_you_mean
+from .tasks.classification import ClassificationTask, ClassScore
+from .tasks.prediction import PREPROCESSING, read_hyperparameters
+
+FROM_DATA = ("class_names", *PREPROCESSING)  # what the data tells the model
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a bundled recipe by name, or any YAML or JSON file by path.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
+    recipes = {Path(str(file)).stem: Path(str(file)) for file in files("debiformer.recipes").iterdir() if file.name.endswith(".yaml")}
+    if name in recipes:
+        return recipes[name]
+    if Path(name).is_file():
+        return Path(name)
+    known = ", ".join(sorted(recipes))
+    raise FileNotFoundError(f"--config {name}: no such file, and no such recipe ({known}); {did_you_mean(Path(name).stem, recipes)}")
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Run fit, validate or test with command-line arguments.
+
+    Raises:
+        ValueError: If --config or --ckpt_path is needed and missing, or the checkpoint does not fit the data.
+        FileNotFoundError: If the recipe, the checkpoint or the run to resume does not exist.
+        FileExistsError: If the run exists and is not to be resumed.
+    """
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("-c", "--config", action="append", default=[])
+    ours.add_argument("--ckpt_path")
+    given, rest = ours.parse_known_args(arguments)
+    wants_help = any(word == "-h" or (word.startswith("--") and word.split("=")[0].endswith("help")) for word in rest)
+    if not wants_help:
+        if command != "fit" and not given.ckpt_path:
+            raise ValueError(f"debiformer {command} needs --ckpt_path: the best.ckpt or last.ckpt of a run")
+        if command != "fit" and not given.config:
+            given.config = [str(Path(given.ckpt_path).parent.parent / "config.yaml")]  # where fit put it
+        if not given.config:
+            raise ValueError("debiformer fit needs --config: a recipe (image_folder, blood_cells) or a YAML file")
+    recipes = [find_recipe(name) for name in given.config]
+    line = [f"--config={recipe}" for recipe in recipes] + rest + ([f"--ckpt_path={given.ckpt_path}"] if given.ckpt_path else [])
+    TrainingCLI([command, *line], run_name=recipes[0].stem if recipes else None)
+
+
+class TrainingCLI(LightningCLI):
+    """Lightning's CLI with the data's class names and preprocessing linked into the model, and a folder per run."""
+
+    def __init__(self, line: list[str], run_name: str | None) -> None:
+        self.line, self.run_name = line, run_name
+        super().__init__(
+            ClassificationTask,
+            LightningDataModule,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},  # before_instantiate_classes has made sure of it
+            seed_everything_default=0,
+            trainer_defaults={"default_root_dir": "runs"},
+            parser_kwargs={"prog": "debiformer", "description": "Train and evaluate with a recipe."},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # the task's arguments are plain, its checkpoint needs no help
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands but predict, which is a command of its own."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add --name, and link the data into the model."""
+        parser.add_argument("--name", default=self.run_name, help="Name of the run: its folder in trainer.default_root_dir.")
+        for name in FROM_DATA:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
+        """Parse the given line; the base class warns wherever sys.argv holds one too."""
+        self.config = parser.parse_args(self.line)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would merge in the checkpoint's hyperparameters, and stumbles over linked ones; see before_instantiate_classes."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's folder and the checkpoint before any work begins."""
+        config = self.config[self.subcommand]
+        self.folder = Path(config.trainer.default_root_dir) / config.name
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+            hparams = read_hyperparameters(Path(config.ckpt_path))
+            for name in ("model", "model_args", "drop_path_rate"):
+                config.model[name] = hparams[name]
+            config.model.pretrained = False
+            return
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(self.folder / "checkpoints" / "last.ckpt")
+        if config.ckpt_path:
+            read_hyperparameters(Path(config.ckpt_path))
+        else:
+            self.refuse_to_overwrite()
+
+    @rank_zero_only  # the other ranks may start after the first has made the folder
+    def refuse_to_overwrite(self) -> None:
+        """Raise a FileExistsError if the run's folder is there."""
+        if self.folder.exists():
+            raise FileExistsError(f"{self.folder} holds a run: resume it with --ckpt_path last, or name another with --name")
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a checkpoint of other classes than the data's, and say where images are prepared otherwise than they were for it."""
+        ckpt_path = self.config[self.subcommand].ckpt_path
+        if not ckpt_path:
+            return
+        trained, here = read_hyperparameters(Path(ckpt_path)), self.model.hparams
+        if trained["class_names"] != here["class_names"]:
+            raise ValueError(
+                f"checkpoint {ckpt_path} was trained on the classes {trained['class_names']}, the data has {here['class_names']}"
+            )
+        for name in PREPROCESSING:
+            if trained[name] != here[name]:
+                rank_zero_warn(f"data.{name} is {here[name]} here; checkpoint {ckpt_path} was trained with {trained[name]}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that logs and saves in the run's folder, unless the recipe says otherwise."""
+        config = self.config_init[self.subcommand].trainer
+        config.callbacks = list(config.callbacks or [])
+        if config.enable_progress_bar is not False and not any(isinstance(c, RichProgressBar) for c in config.callbacks):
+            config.callbacks.append(ProgressBar(leave=True))
+        if self.subcommand != "fit":
+            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+        checkpoints = self.folder / "checkpoints"
+        # save_last of one callback skips every epoch that is not a best one (Lightning 2.6): hence two callbacks
+        self.best = ModelCheckpoint(checkpoints, "best", monitor="val/acc", mode="max", enable_version_counter=False)
+        last = ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+        config.callbacks += [self.best, last]
+        if config.logger is None:
+            starts = len(list((self.folder / "csv").glob("*")))  # CSVLogger deletes what an earlier start wrote
+            tensorboard = TensorBoardLogger(self.folder, name="", version="", default_hp_metric=False)
+            kwargs["logger"] = [tensorboard, CSVLogger(self.folder, name="csv", version=starts, flush_logs_every_n_steps=1)]
+        return super().instantiate_trainer(**kwargs)
+
+    def validate(self, ckpt_path: str, **kwargs: Any) -> None:
+        """Validate the weights of a checkpoint."""
+        self.load_weights(ckpt_path)
+        self.trainer.validate(**kwargs)
+
+    def test(self, ckpt_path: str, **kwargs: Any) -> None:
+        """Test the weights of a checkpoint."""
+        self.load_weights(ckpt_path)
+        self.trainer.test(**kwargs)
+
+    def load_weights(self, ckpt_path: str) -> None:
+        """Take the weights and nothing else: Lightning would restore the callbacks of the training too."""
+        self.model.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
+
+    @rank_zero_only
+    def after_fit(self) -> None:
+        """Say where things are and what to do with them."""
+        if self.best.best_model_score is None:  # fast_dev_run saves nothing
+            return
+        best = self.folder / "checkpoints" / "best.ckpt"
+        print(f"best        {best} (val/acc {self.best.best_model_score:.4f})")
+        print(f"last        {best.with_name('last.ckpt')}")
+        print(f"curves      tensorboard --logdir {self.folder}")
+        print(f"to test     debiformer test --ckpt_path {best}")
+        print(f"to predict  debiformer predict --checkpoint {best} IMAGE_OR_FOLDER")
+
+    @rank_zero_only
+    def after_validate(self) -> None:
+        """Print the table of classes."""
+        print_class_scores(self.model.class_scores)
+
+    after_test = after_validate
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's, without the version number of a logger."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict:
+        """The logged metrics."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
+def print_class_scores(scores: list[ClassScore]) -> None:
+    """Print recall and precision of every class."""
+    table = Table("class", title="per class", title_justify="left")
+    for column in ("images", "recall", "precision"):
+        table.add_column(column, justify="right")
+    for score in scores:
+        table.add_row(score.name, str(score.images), f"{score.recall:.4f}", f"{score.precision:.4f}")
+    Console(file=sys.stdout).print(table)

@@ -1,0 +1,283 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from debiformer import __version__
+from debiformer.cli import COMMANDS, main
+
+COLOURS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
+SMALL_RUN = """
+data:
+  class_path: debiformer.data.images.ImageFolders
+  init_args: {input_size: 32, batch_size: 5, num_workers: 0}
+model: {model: test_convnext, lr: 2.0e-3}
+trainer: {accelerator: cpu, max_epochs: 4, log_every_n_steps: 2}
+"""
+
+
+def make_folders(root, splits=("train", "val", "test"), each=6):
+    """Noisy squares in three colours, a class each."""
+    noise = np.random.default_rng(0)
+    for split in splits:
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for k in range(each):
+                pixels = noise.normal(colour, 25, (40, 40, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{k}.png")
+    return root
+
+
+def debiformer(*arguments, **options):
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "debiformer", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with data, a small recipe, and a run `small` trained by it."""
+    work = tmp_path_factory.mktemp("work")
+    make_folders(work / "data")
+    (work / "small.yaml").write_text(SMALL_RUN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        assert main(["fit", "--config", "small.yaml", "--data.root", "data"]) == 0
+    return work
+
+
+@pytest.fixture
+def inside(work, monkeypatch):
+    monkeypatch.chdir(work)
+    return work
+
+
+class TestCommands:
+    def test_help_lists_every_command(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(["--help"])
+        assert stop.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(f"{name:<11} {command.summary}" in shown for name, command in COMMANDS.items())
+
+    def test_help_and_version_load_no_trainer(self):
+        script = (
+            "import sys; sys.argv = ['debiformer', '--version']\nfrom debiformer.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+        )
+        out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        assert out.startswith(f"debiformer {__version__}\n")
+        assert not {"lightning", "torchmetrics", "jsonargparse", "matplotlib", "rich.table"} & set(out.split())
+
+    def test_an_unknown_command_is_answered_with_the_nearest(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(["predct"])
+        assert stop.value.code == 2
+        assert "no command 'predct': did you mean predict?" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+    def test_a_missing_extra_is_named(self, command, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "torchmetrics", None)  # as if it were not installed
+        with pytest.raises(SystemExit) as stop:
+            main([command])
+        assert stop.value.code == 2
+        assert f'debiformer {command} needs torchmetrics: pip install "debiformer[train]"' in capsys.readouterr().err
+
+
+class TestFit:
+    def test_a_run_leaves_its_best_and_last_checkpoint_logs_and_config(self, inside):
+        run = Path("runs/small")
+        last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+        assert (last["epoch"], last["global_step"]) == (3, 4 * 3)  # 18 images make three whole batches of five
+        assert last["hyper_parameters"]["class_names"] == ["blue", "green", "red"]
+        assert last["hyper_parameters"]["input_size"] == (3, 32, 32)
+        rows = list(csv.DictReader((run / "csv/version_0/metrics.csv").open()))
+        assert [int(row["epoch"]) for row in rows if row["val/acc"]] == [0, 1, 2, 3]
+        best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+        accuracies = [float(row["val/acc"]) for row in rows if row["val/acc"]]
+        assert accuracies[best["epoch"]] == max(accuracies)
+        assert list(run.glob("events.out.tfevents.*"))
+        assert (run / "config.yaml").is_file()
+
+    def test_a_run_is_not_overwritten(self, inside, capsys):
+        before = Path("runs/small/checkpoints/last.ckpt").read_bytes()
+        assert main(["fit", "--config", "small.yaml", "--data.root", "data"]) == 2
+        assert "runs/small holds a run: resume it with --ckpt_path last, or name another with --name" in capsys.readouterr().err
+        assert Path("runs/small/checkpoints/last.ckpt").read_bytes() == before
+
+    def test_a_killed_run_resumes_where_its_last_epoch_ended(self, inside):
+        command = ("fit", "--config", "small.yaml", "--data.root", "data", "--name", "killed", "--trainer.max_epochs", "30")
+        last = Path("runs/killed/checkpoints/last.ckpt")
+        process = debiformer(*command)
+        while not last.exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        saved = torch.load(last, weights_only=True)
+        finished = saved["epoch"] + 1
+        assert finished < 30, "the run ended before it could be killed"
+        assert saved["global_step"] == 3 * finished
+
+        process = debiformer(*command[:-1], finished + 3, "--ckpt_path", "last")
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+        resumed = torch.load(last, weights_only=True)
+        assert (resumed["epoch"], resumed["global_step"]) == (finished + 2, 3 * (finished + 3))
+        epochs = [
+            [int(r["epoch"]) for r in csv.DictReader(p.open()) if r["val/acc"]] for p in sorted(Path("runs/killed/csv").glob("*/*.csv"))
+        ]
+        assert epochs == [list(range(finished)), list(range(finished, finished + 3))]
+        assert "debiformer predict --checkpoint runs/killed/checkpoints/best.ckpt" in out
+
+    def test_nothing_to_resume_is_an_error(self, inside, capsys):
+        assert main(["fit", "--config", "small.yaml", "--data.root", "data", "--name", "new", "--ckpt_path", "last"]) == 2
+        assert "runs/new/checkpoints/last.ckpt: no such file" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "needs --config"),
+            (["--config", "image_foldr"], r"no such recipe (blood_cells, image_folder); did you mean image_folder?"),
+            (["--config", "absent.yaml"], "--config absent.yaml: no such file"),
+            (["--config", "small.yaml", "--name", "x", "--data.root", "absent"], "error: root=absent: no such folder\n"),
+            (
+                ["--config", "small.yaml", "--name", "x", "--data.root", "data", "--model.model", "debiformer_tinny"],
+                "did you mean debiformer_tiny",
+            ),
+        ],
+    )
+    def test_mistakes_are_named_before_anything_is_written(self, inside, capsys, arguments, message):
+        assert main(["fit", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+        assert not Path("runs/x").exists()
+
+
+@pytest.mark.parametrize("recipe", ["image_folder", "blood_cells"])
+def test_every_recipe_trains(inside, recipe, monkeypatch):
+    assert {path.stem for path in (Path(main.__code__.co_filename).parent / "recipes").glob("*.yaml")} == {"image_folder", "blood_cells"}
+    small = [
+        "--data.batch_size",
+        "4",
+        "--data.input_size",
+        "64",
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.num_sanity_val_steps",
+        "0",
+    ]
+    short = ["--trainer.max_epochs", "1", "--model.warmup_epochs", "0", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
+    root = ["--data.root", "data", "--data.num_workers", "0"] if recipe == "image_folder" else []
+    assert main(["fit", "--config", recipe, *root, *small, *short]) == 0
+    last = torch.load(f"runs/{recipe}/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+    assert last["hyper_parameters"]["model"].startswith("debiformer_")
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize(("command", "prefix"), [("validate", "val"), ("test", "test")])
+    def test_the_table_agrees_with_the_model(self, inside, capsys, command, prefix):
+        from debiformer.data.images import eval_transform, read_image
+        from debiformer.tasks.prediction import load_classifier
+
+        assert main([command, "--ckpt_path", "runs/small/checkpoints/best.ckpt"]) == 0
+        out = capsys.readouterr().out
+        task = load_classifier(Path("runs/small/checkpoints/best.ckpt"))
+        transform = eval_transform(32, crop_pct=0.875)
+        for target, name in enumerate(COLOURS):
+            inputs = torch.stack([transform(read_image(path)) for path in sorted(Path("data", prefix, name).iterdir())])
+            recall = (task(inputs).argmax(1) == target).float().mean().item()
+            assert next(line.split()[1:6:2] for line in out.splitlines() if f" {name} " in line) == [name, "6", f"{recall:.4f}"]
+
+    def test_a_checkpoint_is_needed(self, inside, capsys):
+        assert main(["test"]) == 2
+        assert "debiformer test needs --ckpt_path" in capsys.readouterr().err
+
+    def test_other_classes_are_refused(self, inside, tmp_path, capsys):
+        make_folders(tmp_path, each=1)
+        for split in ("train", "val", "test"):
+            (tmp_path / split / "red").rename(tmp_path / split / "yellow")
+        assert main(["test", "--ckpt_path", "runs/small/checkpoints/best.ckpt", "--data.root", str(tmp_path)]) == 2
+        assert "trained on the classes ['blue', 'green', 'red'], the data has ['blue', 'green', 'yellow']" in capsys.readouterr().err
+
+    def test_other_preprocessing_is_reported(self, inside):
+        with pytest.warns(UserWarning, match=r"data.input_size is \(3, 64, 64\) here; checkpoint .* was trained with \(3, 32, 32\)"):
+            assert main(["test", "--ckpt_path", "runs/small/checkpoints/best.ckpt", "--data.input_size", "64"]) == 0
+
+
+class TestPredict:
+    CHECKPOINT = ("--checkpoint", "runs/small/checkpoints/best.ckpt", "--device", "cpu")
+
+    @pytest.fixture
+    def mixed(self, inside, tmp_path):
+        """Good files, whose names the screen's markup could mistake, among unreadable ones."""
+        Image.new("RGB", (50, 30), COLOURS["red"]).save(tmp_path / "a [red].png")
+        (tmp_path / "b.jpg").write_text("not an image")
+        (tmp_path / "c.png").write_bytes((tmp_path / "a [red].png").read_bytes()[:60])
+        Image.new("RGB", (30, 50), COLOURS["blue"]).save(tmp_path / "d,blue.png")
+        return tmp_path
+
+    def test_good_and_bad_files_to_csv(self, mixed, capsys, tmp_path_factory):
+        output = tmp_path_factory.mktemp("out") / "labels.csv"
+        assert main(["predict", *self.CHECKPOINT, str(mixed), "--output", str(output), "--topk", "2", "--batch-size", "3"]) == 0
+        rows = list(csv.DictReader(output.open(encoding="utf-8")))
+        assert list(rows[0]) == ["file", "label", "probability", "label_2", "probability_2", "error"]
+        assert [Path(row["file"]).name for row in rows] == ["a [red].png", "b.jpg", "c.png", "d,blue.png"]
+        assert [row["label"] for row in rows] == ["red", "", "", "blue"]
+        assert [bool(row["error"]) for row in rows] == [False, True, True, False]
+        assert "b.jpg" in rows[1]["error"]
+        assert 1 >= float(rows[0]["probability"]) > float(rows[0]["probability_2"]) >= 0
+        screen = capsys.readouterr()
+        assert "[red]" in screen.out.replace("\n", "").replace(" ", "")
+        assert "2 labelled, 2 unreadable" in screen.err
+
+    def test_json_lines_hold_the_model_s_probabilities(self, mixed, tmp_path_factory):
+        from debiformer.data.images import eval_transform, read_image
+        from debiformer.tasks.prediction import load_classifier
+
+        output = tmp_path_factory.mktemp("out") / "labels.jsonl"
+        assert main(["predict", *self.CHECKPOINT, str(mixed), "--output", str(output)]) == 0
+        first, bad, *_ = map(json.loads, output.read_text().splitlines())
+        assert (bad["predictions"], "b.jpg" in bad["error"]) == ([], True)
+        task = load_classifier(Path("runs/small/checkpoints/best.ckpt"))
+        probabilities = task(eval_transform(32)(read_image(mixed / "a [red].png"))[None]).softmax(-1)[0]
+        found = {guess["label"]: guess["probability"] for guess in first["predictions"]}
+        assert [found[name] for name in COLOURS] == pytest.approx(probabilities.tolist(), abs=1e-5)
+
+    def test_nothing_readable_exits_with_1(self, mixed):
+        assert main(["predict", *self.CHECKPOINT, str(mixed / "b.jpg"), str(mixed / "c.png")]) == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["data", "--output", "labels.txt"], "--output labels.txt: the suffix must be .csv or .jsonl"),
+            (["data", "--output", "absent/labels.csv"], "there is no folder absent"),
+            (["absent.png"], "absent.png"),
+            (["data", "--checkpoint", "absent.ckpt"], "absent.ckpt: no such file"),
+            (["data", "--checkpoint", "small.yaml"], "small.yaml is not a torch checkpoint"),
+        ],
+    )
+    def test_mistakes_are_named(self, inside, capsys, arguments, message):
+        assert main(["predict", *self.CHECKPOINT, *arguments]) == 2
+        shown = capsys.readouterr()
+        assert message in shown.err
+        assert not shown.out
+
+    @pytest.mark.parametrize(("option", "value"), [("--topk", "0"), ("--batch-size", "many"), ("--device", "abacus")])
+    def test_bad_options_are_named(self, inside, capsys, option, value):
+        with pytest.raises(SystemExit):
+            main(["predict", *self.CHECKPOINT, "data", option, value])
+        assert f"argument {option}: '{value}'" in capsys.readouterr().err
