@@ -1,0 +1,118 @@
+"""The bundled sample: crops of blood cells in three classes, and a few whole images with boxes, from the BCCD data set."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor
+
+from .images import SPLITS, ClassFolders, ImageFolders
+
+SAMPLE = Path(str(files("debiformer.data").joinpath("blood_cells")))
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+
+
+class Box(NamedTuple):
+    """A labelled cell, in pixels of its image."""
+
+    label: str
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+
+class LinearBaseline(NamedTuple):
+    """Shares of the test images that a linear classifier labels rightly."""
+
+    balanced_accuracy: float  # mean over the classes
+    class_accuracy: dict[str, float]
+
+
+class BloodCells(ImageFolders):
+    """The bundled crops of platelets, red and white blood cells, split by the image that they were cut from.
+
+    Args:
+        input_size: Pixels of a square, or (height, width); the crops have 80x80.
+        batch_size: Images per batch.
+        num_workers: Processes that read and augment; files this small need none.
+        mean, std: Of the channels, for values in [0, 1].
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 64,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        super().__init__(
+            root=SAMPLE,
+            input_size=input_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            mean=mean,
+            std=std,
+            crop_pct=1.0,  # the cell fills the crop
+            scale=(0.6, 1.0),
+            ratio=(0.85, 1.18),
+            vflip=0.5,
+            color_jitter=0.2,
+        )
+
+
+def whole_images() -> list[tuple[Path, list[Box]]]:
+    """Whole test images of 640x480 pixels, each with its labelled cells."""
+    folder = SAMPLE / "whole"
+    boxes = json.loads((folder / "boxes.json").read_text())
+    return [(folder / name, [Box(**cell) for cell in cells]) for name, cells in boxes.items()]
+
+
+def linear_baseline(size: int = 32) -> LinearBaseline:
+    """Test scores of multinomial logistic regression on the pixels of the bundled crops: the yardstick for any network.
+
+    Classes weigh the same, and the L2 penalty is the one with the best validation score.
+
+    Args:
+        size: The crops are first resized to this many pixels on each side.
+    """
+    splits = {
+        split: ClassFolders(SAMPLE / split, lambda image: pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC)))
+        for split in SPLITS
+    }
+    pixels = {split: torch.stack([image for image, _ in dataset]).flatten(1).float() for split, dataset in splits.items()}
+    mean, scale = pixels["train"].mean(0), pixels["train"].std() * pixels["train"].shape[1] ** 0.5
+    inputs = {split: F.pad((x - mean) / scale, (0, 1), value=1.0) for split, x in pixels.items()}  # a column of ones is the bias
+    targets = {split: F.one_hot(torch.tensor(dataset.targets)) for split, dataset in splits.items()}
+
+    def class_accuracy(weight: Tensor, split: str) -> Tensor:
+        hits = F.one_hot((inputs[split] @ weight).argmax(1), len(weight.T)) * targets[split]
+        return hits.sum(0) / targets[split].sum(0)
+
+    weights = [_fit_linear(inputs["train"], targets["train"], penalty) for penalty in PENALTIES]
+    best = max(weights, key=lambda weight: class_accuracy(weight, "val").mean().item())
+    scores = class_accuracy(best, "test")
+    return LinearBaseline(scores.mean().item(), dict(zip(splits["test"].classes, scores.tolist(), strict=True)))
+
+
+def _fit_linear(inputs: Tensor, targets: Tensor, penalty: float) -> Tensor:
+    """Weights (D, classes) for inputs (N, D) and one-hot targets (N, classes)."""
+    weight = torch.zeros(inputs.shape[1], targets.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+    share = targets / targets.sum(0) / targets.shape[1]
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -(share * (inputs @ weight).log_softmax(1)).sum() + penalty * weight[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    return weight.detach()
