@@ -1,5 +1,6 @@
 """Bi-level routing attention (Zhu et al., CVPR 2023)."""
 
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops.regions import Grid, as_grid, merge, pad_to_grid, partition, region_means
@@ -77,6 +78,7 @@ class RegionRouting(nn.Module):
         return f"region_grid={self.region_grid}, topk={self.topk}, num_heads={self.num_heads}, layout={self.layout}"
 
 
+@register_notrace_module  # a leaf for torchvision's feature extraction, whose tracer cannot follow its shapes
 class BiLevelRoutingAttention(RegionRouting):
     """Tokens attend to the `topk` regions that their own region is routed to, and to nothing else (BiFormer, section 3.2).
 

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops.deformable import deformable_attention, reference_points, sample_points
@@ -52,6 +53,7 @@ class OffsetNetwork(nn.Module):
         return points.clamp(-1, 1).unflatten(0, (-1, self.groups))
 
 
+@register_notrace_module
 class DeformableBiLevelRoutingAttention(RegionRouting):
     """Agents, sampled where an offset network points, gather from the regions they are routed to; every pixel then asks the agents.
 

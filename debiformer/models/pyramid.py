@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_function
 from timm.models import build_model_with_cfg, checkpoint_seq, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -14,6 +14,15 @@ from .checkpoints import missing_weights, read_checkpoint, to_our_names
 from .stages import Stage, build_blocks
 
 BIAS_IMAGE_SIZE = 224  # bias tables hold one entry for each displacement at this input size, and are interpolated at others
+
+
+@register_notrace_function
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raise a ValueError unless `x` is a batch of images (B, in_chans, H, W) of at least 32x32 pixels."""
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"expected images (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
+    if x.shape[2] < 32 or x.shape[3] < 32:
+        raise ValueError(f"expected images of at least 32x32 pixels, got {x.shape[2]}x{x.shape[3]}")
 
 
 class PyramidStage(nn.Module):
@@ -131,10 +140,7 @@ class Pyramid(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Check images (B, in_chans, H, W) and take them through the stem."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"expected images (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}")
-        if x.shape[2] < 32 or x.shape[3] < 32:
-            raise ValueError(f"expected images of at least 32x32 pixels, got {x.shape[2]}x{x.shape[3]}")
+        check_images(x, self.in_chans)
         # The only change of layout: from here on every map lies in memory channels-last.
         return self.stem(x.contiguous(memory_format=torch.channels_last))
 
