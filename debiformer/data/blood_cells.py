@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from .images import SPLITS, ClassFolders, ImageFolders
 
 SAMPLE = Path(str(files("debiformer.data").joinpath("blood_cells")))
-PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3)
 
 
 class Box(NamedTuple):
