@@ -156,8 +156,8 @@ def our_name(key: str, paired: bool) -> str:
     return f"stages.{stage}.blocks.{block}.{ours}." + names.get(rest, names.get(path, path) + dot + leaf)
 
 
-def to_our_names(checkpoint: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Published checkpoint, in any of its wrappings, to a state dict in our names; timm's `checkpoint_filter_fn`.
+def to_our_names(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Published checkpoint, in any of its wrappings, to a state dict in our names.
 
     Of a segmentation or detection checkpoint only the backbone is taken.
     """
@@ -198,28 +198,44 @@ def load_published(source: str | Path | Mapping[str, Any], model: nn.Module) -> 
     """
     backbone = model.model if isinstance(model, FeatureGetterNet) else model
     given = to_our_names(source if isinstance(source, Mapping) else read_checkpoint(source))
-    wanted = backbone.state_dict()
+    report = _check(given, backbone, "the state dict" if isinstance(source, Mapping) else str(source))
+    backbone.load_state_dict({name: value for name, value in given.items() if name not in report.left_behind}, strict=False)
+    return report
+
+
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """What timm loads into a model: the checkpoint in our names, checked as `load_published` does but for what timm itself adapts.
+
+    Raises:
+        ValueError: If anything but the classifier or the image channels does not fit.
+    """
+    given = to_our_names(checkpoint)
+    report = _check(given, model, "the pretrained checkpoint", adapted=("head.fc.weight", "head.fc.bias", "stem.0.weight"))
+    return {name: value for name, value in given.items() if name not in report.left_behind or name.startswith("head.")}
+
+
+def _check(given: Mapping[str, Tensor], model: nn.Module, origin: str, adapted: tuple[str, ...] = ()) -> LoadReport:
+    """Raise unless every name and shape fits, but for the names in `adapted`, and but for the one exception, which is reported."""
+    wanted = model.state_dict()
     left_behind: list[str] = []
     at_start: list[str] = []
-    if any(name.startswith("head.") for name in given) and getattr(backbone, "num_classes", None) == 0:
-        left_behind = [name for name in given if name not in wanted and name.startswith(("head.", "norm."))]
-        if not any(name.startswith("feature_norms.") for name in given):
-            at_start = [name for name in wanted if name.startswith("feature_norms.")]
+    if any(name.startswith("head.") for name in given) and not any(name.startswith("feature_norms.") for name in given):
+        headless = getattr(model, "num_classes", None) == 0
+        left_behind = [name for name in given if headless and name not in wanted and name.startswith(("head.", "norm."))]
+        at_start = [name for name in wanted if (headless or adapted) and name.startswith("feature_norms.")]
     problems = {
-        "missing": [name for name in wanted if name not in given and name not in at_start],
-        "unexpected": [name for name in given if name not in wanted and name not in left_behind],
+        "missing": [name for name in wanted if name not in given and name not in at_start and name not in adapted],
+        "unexpected": [name for name in given if name not in wanted and name not in left_behind and name not in adapted],
         "mis-shaped": [
             f"{name} {tuple(given[name].shape)}, wanted {tuple(value.shape)}"
             for name, value in wanted.items()
-            if name in given and given[name].shape != value.shape
+            if name in given and name not in adapted and given[name].shape != value.shape
         ],
     }
     if any(problems.values()):
         lists = "".join(f"\n{len(names)} {kind}:\n  " + "\n  ".join(names) for kind, names in problems.items() if names)
-        origin = "the state dict" if isinstance(source, Mapping) else source
         remedy = "build the model as it was trained (preset, num_classes, feature_norms), and change it after loading (reset_classifier)"
-        raise ValueError(f"{origin} does not fit this {type(backbone).__name__}: {remedy}.{lists}")
-    backbone.load_state_dict({name: value for name, value in given.items() if name in wanted}, strict=False)
+        raise ValueError(f"{origin} does not fit this {type(model).__name__}: {remedy}.{lists}")
     if left_behind or at_start:
         _logger.warning("left behind: %s; at their start: %s", ", ".join(left_behind) or "nothing", ", ".join(at_start) or "nothing")
     return LoadReport(left_behind, at_start)

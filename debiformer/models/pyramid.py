@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers import ConvDownsample, ConvFeedForward, ConvStem
 from ..ops.regions import Grid, as_grid
-from .checkpoints import missing_weights, read_checkpoint, to_our_names
+from .checkpoints import checkpoint_filter_fn, missing_weights, read_checkpoint
 from .stages import Stage, build_blocks
 
 BIAS_IMAGE_SIZE = 224  # bias tables hold one entry for each displacement at this input size, and are interpolated at others
@@ -191,8 +191,8 @@ class Pyramid(nn.Module):
         """Drop what the maps of these stages do not need; returns the stages as non-negative indices."""
         take, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
-        if shortened or prune_norm:
-            self.norm = nn.Identity()  # sized for the last stage
+        if shortened or prune_norm or (prune_head and self.feature_norms is not None):
+            self.norm = nn.Identity()  # sized for the last stage, and not for maps with norms of their own
         if prune_norm:
             self.feature_norms = None
         self.stages = self.stages[: last + 1]
@@ -241,18 +241,19 @@ def create(model_class: type[Pyramid], name: str, stages: tuple[Stage, ...], pre
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg=kwargs.pop("pretrained_cfg", None), pretrained_cfg_overlay=overlay)
-    if pretrained and cfg.file:  # the published files hold more than tensors, which timm's own reader refuses
-        cfg.state_dict, cfg.file = read_checkpoint(cfg.file), None
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(missing_weights(name))
-    norm = bool(kwargs.get("feature_norms", False))
-    return build_model_with_cfg(
+    if pretrained and cfg.file:  # the published files hold more than tensors, which timm's own reader refuses
+        cfg.state_dict = read_checkpoint(cfg.file)
+    model = build_model_with_cfg(
         model_class,
         name,
         pretrained,
         pretrained_cfg=cfg,
-        pretrained_filter_fn=to_our_names,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", norm=norm),
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", norm=bool(kwargs.get("feature_norms"))),
         stages=stages,
         **kwargs,
     )
+    model.pretrained_cfg.pop("state_dict", None)  # the weights are in the model
+    return model

@@ -105,7 +105,14 @@ def test_points_stay_in_float32_in_half_precision():
 
 
 def test_every_parameter_gets_a_gradient():
-    for layer in [*both(), *both(soft_routing=True), *both(layout="NCHW"), FullAttention(8, 2), ConvFeedForward(8, 2), PositionalConvolution(8)]:
+    for layer in [
+        *both(),
+        *both(soft_routing=True),
+        *both(layout="NCHW"),
+        FullAttention(8, 2),
+        ConvFeedForward(8, 2),
+        PositionalConvolution(8),
+    ]:
         layer(torch.randn(2, 8, 8, 8)).sum().backward()
         assert [n for n, p in layer.named_parameters() if p.grad is None] == []
 

@@ -1,7 +1,6 @@
 """Every published layer: same output, same gradients of input and parameters."""
 
 import pytest
-import torch
 from goldens import Golden, cases
 
 from debiformer.layers import BiLevelRoutingAttention, DeformableBiLevelRoutingAttention, FullAttention
