@@ -126,7 +126,7 @@ def test_a_dense_checkpoint_does_not_fit_a_classifier(kwargs):
 
 
 def test_a_checkpoint_of_another_preset_is_refused():
-    with pytest.raises(ValueError, match="mis-shaped|missing"):
+    with pytest.raises(ValueError, match=r"mis-shaped|missing"):
         debiformer.load_published(TINY.state_dict, timm.create_model("debiformer_small"))
 
 
@@ -140,7 +140,7 @@ def test_unreadable_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is not a readable checkpoint"):
             read_checkpoint(tmp_path / name)
     (tmp_path / "bad.safetensors").write_bytes(b"12345678")
-    with pytest.raises(ValueError, match="bad.safetensors is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"bad\.safetensors is not a readable checkpoint"):
         read_checkpoint(tmp_path / "bad.safetensors")
     torch.save({"weights": [1, 2]}, tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"list\.pth holds no tensors under 'model', 'state_dict' or at the top; found keys \['weights'\]"):
