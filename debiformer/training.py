@@ -19,6 +19,11 @@ from .nearest import did_you_mean
 from .tasks.classification import ClassificationTask, ClassScore
 from .tasks.prediction import PREPROCESSING, read_hyperparameters
 
+USAGE = {
+    "fit": "debiformer fit --config RECIPE_OR_FILE [--data.root DIR] [--name RUN] [--ckpt_path last] [options: see --help]",
+    "validate": "debiformer validate --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
+    "test": "debiformer test --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
+}
 FROM_DATA = ("class_names", *PREPROCESSING)  # what the data tells the model
 
 
@@ -53,13 +58,24 @@ def run(command: str, arguments: list[str]) -> None:
     if not wants_help:
         if command != "fit" and not given.ckpt_path:
             raise ValueError(f"debiformer {command} needs --ckpt_path: the best.ckpt or last.ckpt of a run")
-        if command != "fit" and not given.config:
-            given.config = [str(Path(given.ckpt_path).parent.parent / "config.yaml")]  # where fit put it
+        if command != "fit":
+            read_hyperparameters(Path(given.ckpt_path))
+            given.config = given.config or [str(config_of_run(Path(given.ckpt_path)))]
         if not given.config:
             raise ValueError("debiformer fit needs --config: a recipe (image_folder, blood_cells) or a YAML file")
     recipes = [find_recipe(name) for name in given.config]
     line = [f"--config={recipe}" for recipe in recipes] + rest + ([f"--ckpt_path={given.ckpt_path}"] if given.ckpt_path else [])
     TrainingCLI([command, *line], run_name=recipes[0].stem if recipes else None)
+
+
+def config_of_run(checkpoint: Path) -> Path:
+    """The config that fit wrote beside the folder of its checkpoints; raises a FileNotFoundError where the checkpoint was moved away."""
+    config = checkpoint.parent.parent / "config.yaml"
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"there is no {config}, where a run has its config: say with --config which recipe or YAML file names the data"
+        )
+    return config
 
 
 class TrainingCLI(LightningCLI):
@@ -74,7 +90,7 @@ class TrainingCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},  # before_instantiate_classes has made sure of it
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs"},
-            parser_kwargs={"prog": "debiformer", "description": "Train and evaluate with a recipe."},
+            parser_kwargs={"prog": "debiformer", **{name: {"usage": usage} for name, usage in USAGE.items()}},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the task's arguments are plain, its checkpoint needs no help
         )
@@ -138,7 +154,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs and saves in the run's folder, unless the recipe says otherwise."""
         config = self.config_init[self.subcommand].trainer
-        config.callbacks = list(config.callbacks or [])
+        callbacks = config.callbacks or []
+        config.callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if config.enable_progress_bar is not False and not any(isinstance(c, RichProgressBar) for c in config.callbacks):
             config.callbacks.append(ProgressBar(leave=True))
         if self.subcommand != "fit":

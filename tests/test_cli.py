@@ -206,6 +206,25 @@ class TestEvaluate:
         assert main(["test"]) == 2
         assert "debiformer test needs --ckpt_path" in capsys.readouterr().err
 
+    def test_a_missing_or_moved_checkpoint_is_named(self, inside, tmp_path, capsys):
+        assert main(["test", "--ckpt_path", "runs/absent/checkpoints/best.ckpt"]) == 2
+        assert "checkpoint runs/absent/checkpoints/best.ckpt: no such file" in capsys.readouterr().err
+        moved = tmp_path / "elsewhere" / "best.ckpt"
+        moved.parent.mkdir()
+        moved.write_bytes(Path("runs/small/checkpoints/best.ckpt").read_bytes())
+        assert main(["test", "--ckpt_path", str(moved)]) == 2
+        assert f"there is no {tmp_path / 'config.yaml'}" in capsys.readouterr().err
+        assert main(["test", "--ckpt_path", str(moved), "--config", "runs/small/config.yaml"]) == 0
+
+    def test_the_model_comes_from_the_checkpoint_whatever_the_recipe_says(self, inside, capsys):
+        best = "runs/small/checkpoints/best.ckpt"
+        recipe = ["--config", "image_folder", "--data.root", "data", "--data.input_size", "32", "--data.num_workers", "0"]
+        assert main(["test", "--ckpt_path", best, *recipe, "--trainer.accelerator", "cpu"]) == 0
+        by_recipe = capsys.readouterr().out
+        assert main(["test", "--ckpt_path", best]) == 0
+        own = capsys.readouterr().out
+        assert by_recipe[by_recipe.index("per class") :] == own[own.index("per class") :]
+
     def test_other_classes_are_refused(self, inside, tmp_path, capsys):
         make_folders(tmp_path, each=1)
         for split in ("train", "val", "test"):

@@ -46,12 +46,13 @@ def load_weights(model: nn.Module, path: str) -> None:
         ValueError: If the file is no checkpoint, lacks weights of the model, or brings others.
     """
     weights = read_checkpoint(path)
-    timms_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # where timm's models keep theirs
-    from_published_names = to_our_names if isinstance(model, Pyramid) else timms_filter
+    from_published_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # where timm's models keep it
     classifier = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a name, or a tuple of them
     prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     try:
-        if from_published_names is not None:
+        if isinstance(model, Pyramid):
+            weights = to_our_names(weights)
+        elif from_published_names is not None:
             weights = from_published_names(weights, model)
         for key, value in model.state_dict().items():
             if key.startswith(prefixes) and key in weights and weights[key].shape != value.shape:

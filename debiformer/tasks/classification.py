@@ -145,7 +145,7 @@ class ClassificationTask(BaseTask):
         self.counts.update(logits, targets)
 
     def _conclude(self, metrics: MetricCollection) -> None:
-        self.log_dict(metrics.compute(), prog_bar=True)
+        self.log_dict(metrics.compute(), prog_bar=True, sync_dist=True)
         metrics.reset()
         hits, false_hits, _, _, images = self.counts.compute().double().T
         self.counts.reset()

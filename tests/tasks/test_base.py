@@ -31,6 +31,7 @@ def fit(task, epochs=2, images=24, value=1.0, **trainer):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        limit_val_batches=0,
         **trainer,
     ).fit(task, data)
     return rates
