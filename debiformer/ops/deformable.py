@@ -82,7 +82,7 @@ def deformable_attention(
     Args:
         q: Queries (B, H, N, D), one for each pixel of the grid, row by row.
         k: Keys (B, H, M, D) of the points.
-        v: Values (B, H, M, D) of the points.
+        v: Values (B, H, M, E) of the points; E = D in every model, another width where the weights themselves are wanted.
         points: Where the points lie, (B, G, M, 2), as (x, y) from -1 to 1; head h belongs to group h * G // H.
         bias_table: Biases (H, 2 * rows - 1, 2 * cols - 1); kept in its own precision, as the points are.
         grid_size: Height and width of the query grid; their product is N.
@@ -90,7 +90,7 @@ def deformable_attention(
         backend: "auto", "eager" or "reference".
 
     Returns:
-        (B, H, N, D).
+        (B, H, N, E).
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit together, or the backend is unknown.
@@ -131,8 +131,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, 
     )
     if not q.ndim == k.ndim == v.ndim == points.ndim == 4 or bias_table.ndim != 3:
         raise ValueError(f"expected q (B, H, N, D), k and v (B, H, M, D), points (B, G, M, 2), bias_table (H, rows, columns); got {shapes}")
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q, k and v must agree in B, H and D, and k and v in all dimensions; got {shapes}")
+    if k.shape[:-1] != v.shape[:-1] or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q, k and v must agree in B and H, q and k in D, and k and v in M; got {shapes}")
     if (points.shape[0], points.shape[2], points.shape[3]) != (k.shape[0], k.shape[2], 2) or q.shape[1] % points.shape[1]:
         raise ValueError(f"points must be (B, G, M, 2) with the B and M of k, and G dividing the heads; got {shapes}")
     if bias_table.shape[0] != q.shape[1]:

@@ -23,14 +23,14 @@ def routed_attention(
     Args:
         q: Queries (B, H, R, T, D).
         k: Keys (B, H, R', T', D).
-        v: Values (B, H, R', T', D).
+        v: Values (B, H, R', T', E); E = D in every model, another width where the weights themselves are wanted.
         routes: Indices (B, R, K) of key regions, int64, from 0 to R' - 1; a region listed twice counts twice.
         scale: Factor on the dot products; D ** -0.5 where it is None.
         route_weights: Soft routing, (B, R, K): the keys and values of a route are multiplied by its weight. None for hard routing.
         backend: "auto", "eager" (gathers whole regions, dense attention where all regions are routed to) or "reference".
 
     Returns:
-        (B, H, R, T, D).
+        (B, H, R, T, E).
 
     Raises:
         ValueError: If the shapes, dtypes or devices do not fit together, or the backend is unknown.
@@ -72,8 +72,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tenso
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, routes {tuple(routes.shape)}"
     if not q.ndim == k.ndim == v.ndim == 5 or routes.ndim != 3:
         raise ValueError(f"expected q (B, H, R, T, D), k and v (B, H, R', T', D), routes (B, R, K); got {shapes}")
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q, k and v must agree in B, H and D, and k and v in all dimensions; got {shapes}")
+    if k.shape[:-1] != v.shape[:-1] or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q, k and v must agree in B and H, q and k in D, and k and v in R' and T'; got {shapes}")
     if (routes.shape[0], routes.shape[1]) != (q.shape[0], q.shape[2]):
         raise ValueError(f"routes must be (B, R, K) with the B and R of q; got {shapes}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():

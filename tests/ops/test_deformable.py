@@ -89,7 +89,9 @@ shapes = st.fixed_dictionaries(
 def test_bias_is_the_table_at_half_the_displacement(bias, shape):
     q, _, _, points, table, (height, width) = random_case(**shape)
     found = bias(points, table, (height, width))
-    for b, h, n, m in ((b, h, n, m) for b in range(q.shape[0]) for h in range(q.shape[1]) for n in range(q.shape[2]) for m in range(points.shape[2])):
+    for b, h, n, m in (
+        (b, h, n, m) for b in range(q.shape[0]) for h in range(q.shape[1]) for n in range(q.shape[2]) for m in range(points.shape[2])
+    ):
         i, j = divmod(n, width)
         y, x = (2 * at / (size - 1) - 1 if size > 1 else 0.0 for at, size in ((i, height), (j, width)))
         px, py = points[b, h // shape["heads_per_group"], m].tolist()
@@ -144,7 +146,8 @@ def test_bad_input_names_the_problem():
     q, k, v, points, table, size = random_case(2, 2, 1, (2, 3), 4)
     bad = [
         ((q[0], k, v, points, table, size), r"expected q \(B, H, N, D\)"),
-        ((q, k, v[..., :2], points, table, size), "k and v in all dimensions"),
+        ((q, k, v[:, :, :2], points, table, size), "k and v in M"),
+        ((q[..., :2], k, v, points, table, size), "q and k in D"),
         ((q, k, v, points[:, :, :3], table, size), r"points must be \(B, G, M, 2\)"),
         ((q, k, v, points, table[:1], size), "one table for each of the 2 heads"),
         ((q, k, v, points, table, (2, 4)), r"grid_size=\(2, 4\) does not hold the 6 queries"),

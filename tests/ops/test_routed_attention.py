@@ -21,7 +21,9 @@ def random_case(batch, heads, regions, tokens, key_regions, key_tokens, topk, wi
 def by_hand(q, k, v, routes, scale, weights=None):
     """One query token at a time, with Python's own arithmetic."""
     out = torch.empty_like(q)
-    for b, h, r, t in ((b, h, r, t) for b in range(q.shape[0]) for h in range(q.shape[1]) for r in range(q.shape[2]) for t in range(q.shape[3])):
+    for b, h, r, t in (
+        (b, h, r, t) for b in range(q.shape[0]) for h in range(q.shape[1]) for r in range(q.shape[2]) for t in range(q.shape[3])
+    ):
         pairs = []
         for j, region in enumerate(routes[b, r].tolist()):
             w = 1.0 if weights is None else weights[b, r, j].item()
@@ -63,6 +65,18 @@ def test_routing_everywhere_is_dense_attention(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("topk", [2, 4])
+def test_identity_values_give_the_weights(backend, topk):
+    q, k, v, routes = random_case(2, 2, 3, 2, 4, 2, topk)
+    identity = torch.eye(8, dtype=torch.float64).view(4, 2, 8).expand(2, 2, 4, 2, 8)
+    weights = routed_attention(q, k, identity, routes, backend=backend)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 3, 2, dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.einsum("bhrts,bhse->bhrte", weights, v.flatten(2, 3)), routed_attention(q, k, v, routes, backend=backend)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_region_routed_to_twice_counts_twice(backend):
     q, k, v, _ = random_case(1, 1, 1, 2, 2, 2, topk=1)
     twice = routed_attention(q, k, v, torch.tensor([[[0, 0, 1]]]), backend=backend)
@@ -99,7 +113,8 @@ def test_bad_input_names_the_problem():
     q, k, v, routes = random_case(2, 1, 4, 2, 4, 2, topk=2)
     bad = [
         ((q[0], k, v, routes), ValueError, r"expected q \(B, H, R, T, D\)"),
-        ((q, k, v[:, :, :2], routes), ValueError, "k and v in all dimensions"),
+        ((q, k, v[:, :, :2], routes), ValueError, "k and v in R' and T'"),
+        ((q[..., :2], k, v, routes), ValueError, "q and k in D"),
         ((q, k, v, routes[:1]), ValueError, "with the B and R of q"),
         ((q, k.float(), v, routes), ValueError, r"float64, torch\.float32"),
         ((q, k, v, routes.int()), ValueError, "int64"),

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
-from .nearest import did_you_mean
-from .tasks.classification import ClassificationTask, ClassScore
-from .tasks.prediction import PREPROCESSING, read_hyperparameters
+from ..nearest import did_you_mean
+from ..tasks.classification import ClassificationTask, ClassScore
+from ..tasks.prediction import PREPROCESSING, read_hyperparameters
 
 USAGE = {
     "fit": "debiformer fit --config RECIPE_OR_FILE [--data.root DIR] [--name RUN] [--ckpt_path last] [options: see --help]",

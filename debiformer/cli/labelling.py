@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .data.images import UnreadableImage, eval_transform, find_images, read_image
-from .tasks.prediction import PREPROCESSING, Prediction, load_classifier, predict
+from ..data.images import UnreadableImage, eval_transform, find_images, read_image
+from ..tasks.prediction import PREPROCESSING, Prediction, load_classifier, predict
 
 
 def run(arguments: list[str]) -> int:

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from . import __version__
-from .nearest import did_you_mean
+from .. import __version__
+from ..nearest import did_you_mean
 
 EXTRAS = {"train": ("lightning", "jsonargparse", "torchmetrics", "tensorboard", "rich")}
 
@@ -82,7 +82,7 @@ def written_by_us(error: BaseException | None) -> BaseException | None:
     """The error itself, or what caused it, if this package raised it for the user to read: a traceback would bury it."""
     while error is not None:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError | OSError | FloatingPointError) and raised_in.is_relative_to(Path(__file__).parent):
+        if isinstance(error, ValueError | OSError | FloatingPointError) and raised_in.is_relative_to(Path(__file__).parents[1]):
             return error
         error = error.__cause__
     return None

@@ -1,0 +1,151 @@
+"""What the attention of a model looks at, as arrays: routes, points, and the weight of every pixel for a query."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.bi_level_routing import RegionRouting
+from ..ops import deformable_attention, merge, reference_points, routed_attention
+from ..ops.observation import watch
+
+
+@dataclass
+class Trace:
+    """One routing layer in one forward pass: the arguments of its attention operations, and what they say.
+
+    Queries are pixels (row, column) of the layer's map, which is `size`; regions are numbered row by row over the padded map.
+    """
+
+    name: str
+    layer: RegionRouting
+    size: tuple[int, int]
+    routed: dict[str, Any] = field(default_factory=dict)
+    deformable: dict[str, Any] | None = None
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Height and width of the map after padding to the region grid."""
+        (height, width), (rows, cols) = self.size, self.layer.region_grid
+        return height + -height % rows, width + -width % cols
+
+    @property
+    def region_size(self) -> tuple[int, int]:
+        """Height and width of a region in pixels of the map."""
+        return self.padded[0] // self.layer.region_grid[0], self.padded[1] // self.layer.region_grid[1]
+
+    def region(self, row: int, column: int) -> int:
+        """The region that a pixel of the map lies in.
+
+        Raises:
+            ValueError: If the map has no such pixel.
+        """
+        if not (0 <= row < self.size[0] and 0 <= column < self.size[1]):
+            raise ValueError(f"query ({row}, {column}) is not on the {self.size[0]}x{self.size[1]} map of {self.name}")
+        return row // self.region_size[0] * self.layer.region_grid[1] + column // self.region_size[1]
+
+    def routes(self, row: int, column: int, image: int = 0) -> list[int]:
+        """Regions that the region of a pixel is routed to, best first. In a deformable layer: that its agents are routed to."""
+        return self.routed["routes"][image, self.region(row, column)].tolist()
+
+    def points(self, image: int = 0) -> tuple[Tensor, Tensor]:
+        """Deformed points and the reference points that they started from, both (G, h, w, 2), as (x, y) in [-1, 1] over the padded map.
+
+        Raises:
+            ValueError: If the layer is not deformable.
+        """
+        if self.deformable is None:
+            raise ValueError(f"{self.name} has no points: it is a {type(self.layer).__name__}")
+        stride = self.layer.offset_network.depthwise.stride[0]
+        height, width = (-(-n // stride) for n in self.padded)
+        points = self.deformable["points"][image].unflatten(1, self._agent_grid(height, width))[:, :height, :width]
+        start = reference_points(height, width, dtype=points.dtype, device=points.device)
+        return points, start.expand_as(points)
+
+    def point_weights(self) -> Tensor:
+        """Attention (B, N, M) of every pixel of the padded map to every agent, padding included, averaged over heads."""
+        call = self.deformable
+        if call is None:
+            raise ValueError(f"{self.name} has no points: it is a {type(self.layer).__name__}")
+        agents = call["k"].shape[2]
+        return deformable_attention(**call | {"v": _identity(call["k"], agents)}).mean(1)
+
+    def attention(self, row: int, column: int, image: int = 0) -> Tensor:
+        """Attention (H, W) of one pixel to all pixels of the map, averaged over heads; hard routing makes it sum to 1 over the padded map.
+
+        In a deformable layer both levels are composed: the pixel's weights on the agents, times the agents' weights on pixels.
+        """
+        region = self.region(row, column)
+        if self.deformable is not None:
+            weights = self.point_weights()[image, row * self.padded[1] + column] @ self._token_weights(image)
+        else:
+            within = row % self.region_size[0] * self.region_size[1] + column % self.region_size[1]
+            tokens = self.region_size[0] * self.region_size[1]
+            weights = self._token_weights(image, slice(region, region + 1), slice(within, within + 1))[0].view(-1, tokens).flatten()
+        grid = self.layer.region_grid
+        regions = weights.view(1, grid[0] * grid[1], -1, 1)
+        return merge(regions, grid, self.padded)[0, : self.size[0], : self.size[1], 0]
+
+    def _token_weights(self, image: int, regions: slice = slice(None), tokens: slice = slice(None)) -> Tensor:
+        """Weights of query tokens on all key tokens, in order of regions, averaged over heads; agents are put into map order."""
+        call = self.routed
+        one = {name: call[name][image : image + 1] for name in ("q", "k", "routes")}
+        one["q"], one["routes"] = one["q"][:, :, regions, tokens], one["routes"][:, regions]
+        soft = call["route_weights"]
+        soft = None if soft is None else soft[image : image + 1, regions]
+        count = one["k"].shape[2] * one["k"].shape[3]
+        values = _identity(one["k"].flatten(2, 3), count).unflatten(2, one["k"].shape[2:4])
+        weights = routed_attention(one["q"], one["k"], values, one["routes"], scale=call["scale"], route_weights=soft).mean(1)[0]
+        if self.deformable is None:
+            return weights.flatten(0, 1)
+        rows, cols = self.layer.region_grid
+        agents = weights.shape[0] * weights.shape[1]
+        return merge(weights[None], (rows, cols), self._agent_grid(*(-(-n // self._stride) for n in self.padded)))[0].view(agents, count)
+
+    @property
+    def _stride(self) -> int:
+        return self.layer.offset_network.depthwise.stride[0]
+
+    def _agent_grid(self, height: int, width: int) -> tuple[int, int]:
+        rows, cols = self.layer.region_grid
+        return height + -height % rows, width + -width % cols
+
+
+def _identity(k: Tensor, count: int) -> Tensor:
+    """Values (B, H, count, count) that make an attention operation return its own weights."""
+    return torch.eye(count, dtype=k.dtype, device=k.device).expand(*k.shape[:2], count, count)
+
+
+@contextmanager
+def tracing(model: nn.Module) -> Iterator[dict[str, Trace]]:
+    """Trace every routing layer of a model during the forward passes inside the block; the last pass stays. Results do not change.
+
+    Yields:
+        Traces by module name, in order of execution.
+    """
+    traces: dict[str, Trace] = {}
+    current: list[Trace] = []
+    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, RegionRouting)}
+
+    def enter(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        height, width = x.shape[1:3] if layer.layout == "NHWC" else x.shape[2:]
+        traces[names[layer]] = Trace(names[layer], layer, (height, width))
+        current[:] = [traces[names[layer]]]
+
+    def seen(name: str, **arguments: Any) -> None:
+        if current:
+            kept = {key: value.detach() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+            setattr(current[0], "routed" if name == "routed_attention" else "deformable", kept)
+
+    handles = [layer.register_forward_pre_hook(enter) for layer in names]
+    handles += [layer.register_forward_hook(lambda *_: current.clear()) for layer in names]
+    try:
+        with watch(seen):
+            yield traces
+    finally:
+        for handle in handles:
+            handle.remove()
