@@ -10,32 +10,21 @@ import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 from PIL import Image
 
-SAMPLE = Path(__file__).parents[1] / "debiformer" / "data" / "blood_cells"
+from debiformer.data.blood_cells import SAMPLE, Box, crop
+from debiformer.data.images import SPLITS
+
 CLASSES = {"Platelets": "platelet", "RBC": "rbc", "WBC": "wbc"}
-SPLITS = ("train", "val", "test")
 # The same field as BloodImage_00038 of the training list at another focus, and the only such pair: their thumbnails correlate by 0.97,
 # those of any other two images by 0.64 at most.
 SAME_FIELD = "BloodImage_00037"
-CROP_SIZE = 80
 JPEG_QUALITY = 90
 MIN_SIDE = 8
 RED_CELLS_PER_IMAGE = 6  # of 11 on average; keeps the sample under 5 MB
 WHOLE_IMAGES = 6
-
-
-class Box(NamedTuple):
-    """A labelled cell, in pixels."""
-
-    label: str
-    x0: int
-    y0: int
-    x1: int
-    y1: int
 
 
 def read_splits(bccd: Path) -> dict[str, list[str]]:
@@ -64,15 +53,6 @@ def is_usable(box: Box, image: Image.Image) -> bool:
     """Whether a box lies in the image and is not degenerate."""
     inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= image.width and box.y1 <= image.height
     return inside and min(box.x1 - box.x0, box.y1 - box.y0) >= MIN_SIDE
-
-
-def crop(image: Image.Image, box: Box) -> Image.Image:
-    """The square around a box, at the size of the sample."""
-    side = min(max(box.x1 - box.x0, box.y1 - box.y0), image.width, image.height)
-    left = min(max((box.x0 + box.x1 - side) // 2, 0), image.width - side)
-    top = min(max((box.y0 + box.y1 - side) // 2, 0), image.height - side)
-    square = (left, top, left + side, top + side)
-    return image.resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BICUBIC, box=square)
 
 
 def make_crops(bccd: Path, split: str, names: list[str]) -> tuple[Counter[str], int]:

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from .images import SPLITS, ClassFolders, ImageFolders
 
 SAMPLE = Path(str(files("debiformer.data").joinpath("blood_cells")))
+CROP_SIZE = 80
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3)
 
 
@@ -26,6 +27,15 @@ class Box(NamedTuple):
     y0: int
     x1: int
     y1: int
+
+
+def crop(image: Image.Image, box: Box) -> Image.Image:
+    """The square on the longer side of a box, moved inside the image where it sticks out, at 80x80: what every bundled crop is."""
+    side = min(max(box.x1 - box.x0, box.y1 - box.y0), image.width, image.height)
+    left = min(max((box.x0 + box.x1 - side) // 2, 0), image.width - side)
+    top = min(max((box.y0 + box.y1 - side) // 2, 0), image.height - side)
+    square = (left, top, left + side, top + side)
+    return image.resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BICUBIC, box=square)
 
 
 class LinearBaseline(NamedTuple):
