@@ -3,7 +3,7 @@
 import argparse
 import sys
 import traceback
-from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -11,41 +11,27 @@ from typing import NamedTuple
 from .. import __version__
 from ..nearest import did_you_mean
 
-EXTRAS = {"train": ("lightning", "jsonargparse", "torchmetrics", "tensorboard", "rich")}
+EXTRAS = {"train": ("lightning", "jsonargparse", "torchmetrics", "tensorboard", "rich"), "explain": ("matplotlib",)}
 
 
 class Command(NamedTuple):
-    """A command: its line in --help, the function that takes its arguments and returns the exit code, the extra that it needs."""
+    """A command: its line in --help, where its function is (module:name; takes arguments, returns the exit code), the extras it needs."""
 
     summary: str
-    run: Callable[[list[str]], int]
-    extra: str | None = None
-
-
-def train_or_evaluate(command: str) -> Callable[[list[str]], int]:
-    """The function of fit, validate or test."""
-
-    def run(arguments: list[str]) -> int:
-        from . import training
-
-        training.run(command, arguments)
-        return 0
-
-    return run
-
-
-def predict(arguments: list[str]) -> int:
-    """Label images with a trained checkpoint."""
-    from . import labelling
-
-    return labelling.run(arguments)
+    function: str
+    extras: tuple[str, ...] = ()
 
 
 COMMANDS = {
-    "fit": Command("train a model with a recipe: --config image_folder --data.root DIR", train_or_evaluate("fit"), "train"),
-    "validate": Command("evaluate a checkpoint on the validation images", train_or_evaluate("validate"), "train"),
-    "test": Command("evaluate a checkpoint on the test images", train_or_evaluate("test"), "train"),
-    "predict": Command("label images with a checkpoint", predict, "train"),
+    "quickstart": Command(
+        "train, test and explain a small model on bundled images, in about two minutes", "quickstart:run", ("train", "explain")
+    ),
+    "fit": Command("train a model with a recipe: --config image_folder --data.root DIR", "training:fit", ("train",)),
+    "validate": Command("evaluate a checkpoint on the validation images", "training:validate", ("train",)),
+    "test": Command("evaluate a checkpoint on the test images", "training:test", ("train",)),
+    "predict": Command("label images with a checkpoint", "labelling:run", ("train",)),
+    "models": Command("list the presets with their parameters and MACs", "models:run"),
+    "convert": Command("translate a published checkpoint: IN.pth OUT.safetensors", "convert:run"),
 }
 
 
@@ -65,11 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         parser.error(f"no command {name!r}: {did_you_mean(name, COMMANDS)}")
     command = COMMANDS[name]
-    missing = [module for module in EXTRAS.get(command.extra or "", ()) if find_spec(module) is None]
+    missing = [module for extra in command.extras for module in EXTRAS[extra] if find_spec(module) is None]
     if missing:
-        parser.error(f'debiformer {name} needs {", ".join(missing)}: pip install "debiformer[{command.extra}]"')
+        parser.error(f'debiformer {name} needs {", ".join(missing)}: pip install "debiformer[{",".join(command.extras)}]"')
+    module, function = command.function.split(":")
     try:
-        return command.run(arguments[1:])
+        return getattr(import_module(f".{module}", __name__), function)(arguments[1:])
     except Exception as error:
         ours = written_by_us(error)
         if ours is None:

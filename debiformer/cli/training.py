@@ -42,7 +42,25 @@ def find_recipe(name: str) -> Path:
     raise FileNotFoundError(f"--config {name}: no such file, and no such recipe ({known}); {did_you_mean(Path(name).stem, recipes)}")
 
 
-def run(command: str, arguments: list[str]) -> None:
+def fit(arguments: list[str]) -> int:
+    """Train."""
+    run("fit", arguments)
+    return 0
+
+
+def validate(arguments: list[str]) -> int:
+    """Evaluate on the validation images."""
+    run("validate", arguments)
+    return 0
+
+
+def test(arguments: list[str]) -> int:
+    """Evaluate on the test images."""
+    run("test", arguments)
+    return 0
+
+
+def run(command: str, arguments: list[str]) -> "TrainingCLI":
     """Run fit, validate or test with command-line arguments.
 
     Raises:
@@ -65,7 +83,7 @@ def run(command: str, arguments: list[str]) -> None:
             raise ValueError("debiformer fit needs --config: a recipe (image_folder, blood_cells) or a YAML file")
     recipes = [find_recipe(name) for name in given.config]
     line = [f"--config={recipe}" for recipe in recipes] + rest + ([f"--ckpt_path={given.ckpt_path}"] if given.ckpt_path else [])
-    TrainingCLI([command, *line], run_name=recipes[0].stem if recipes else None)
+    return TrainingCLI([command, *line], run_name=recipes[0].stem if recipes else None)
 
 
 def config_of_run(checkpoint: Path) -> Path:

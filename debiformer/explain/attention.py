@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import DeformableBiLevelRoutingAttention
 from ..layers.bi_level_routing import RegionRouting
 from ..ops import deformable_attention, merge, reference_points, routed_attention
 from ..ops.observation import watch
@@ -57,21 +58,16 @@ class Trace:
         Raises:
             ValueError: If the layer is not deformable.
         """
-        if self.deformable is None:
-            raise ValueError(f"{self.name} has no points: it is a {type(self.layer).__name__}")
-        stride = self.layer.offset_network.depthwise.stride[0]
-        height, width = (-(-n // stride) for n in self.padded)
-        points = self.deformable["points"][image].unflatten(1, self._agent_grid(height, width))[:, :height, :width]
+        call = self._deformable()
+        height, width = self.agents
+        points = call["points"][image].unflatten(1, self._padded_agents)[:, :height, :width]
         start = reference_points(height, width, dtype=points.dtype, device=points.device)
         return points, start.expand_as(points)
 
     def point_weights(self) -> Tensor:
         """Attention (B, N, M) of every pixel of the padded map to every agent, padding included, averaged over heads."""
-        call = self.deformable
-        if call is None:
-            raise ValueError(f"{self.name} has no points: it is a {type(self.layer).__name__}")
-        agents = call["k"].shape[2]
-        return deformable_attention(**call | {"v": _identity(call["k"], agents)}).mean(1)
+        call = self._deformable()
+        return deformable_attention(**call | {"v": _identity(call["k"], call["k"].shape[2])}).mean(1)
 
     def attention(self, row: int, column: int, image: int = 0) -> Tensor:
         """Attention (H, W) of one pixel to all pixels of the map, averaged over heads; hard routing makes it sum to 1 over the padded map.
@@ -101,16 +97,24 @@ class Trace:
         weights = routed_attention(one["q"], one["k"], values, one["routes"], scale=call["scale"], route_weights=soft).mean(1)[0]
         if self.deformable is None:
             return weights.flatten(0, 1)
-        rows, cols = self.layer.region_grid
-        agents = weights.shape[0] * weights.shape[1]
-        return merge(weights[None], (rows, cols), self._agent_grid(*(-(-n // self._stride) for n in self.padded)))[0].view(agents, count)
+        return merge(weights[None], self.layer.region_grid, self._padded_agents)[0].flatten(0, 1)
+
+    def _deformable(self) -> dict[str, Any]:
+        if self.deformable is None:
+            raise ValueError(f"{self.name} has no points: it is a {type(self.layer).__name__}")
+        return self.deformable
 
     @property
-    def _stride(self) -> int:
-        return self.layer.offset_network.depthwise.stride[0]
+    def agents(self) -> tuple[int, int]:
+        """Rows and columns of agents, without those that only fill up the region grid."""
+        if not isinstance(self.layer, DeformableBiLevelRoutingAttention):
+            raise ValueError(f"{self.name} has no agents: it is a {type(self.layer).__name__}")
+        stride = self.layer.offset_network.stride
+        return -(-self.padded[0] // stride), -(-self.padded[1] // stride)
 
-    def _agent_grid(self, height: int, width: int) -> tuple[int, int]:
-        rows, cols = self.layer.region_grid
+    @property
+    def _padded_agents(self) -> tuple[int, int]:
+        (height, width), (rows, cols) = self.agents, self.layer.region_grid
         return height + -height % rows, width + -width % cols
 
 
@@ -128,9 +132,10 @@ def tracing(model: nn.Module) -> Iterator[dict[str, Trace]]:
     """
     traces: dict[str, Trace] = {}
     current: list[Trace] = []
-    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, RegionRouting)}
+    names: dict[nn.Module, str] = {layer: name for name, layer in model.named_modules() if isinstance(layer, RegionRouting)}
 
     def enter(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, RegionRouting)
         x = args[0]
         height, width = x.shape[1:3] if layer.layout == "NHWC" else x.shape[2:]
         traces[names[layer]] = Trace(names[layer], layer, (height, width))

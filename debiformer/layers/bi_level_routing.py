@@ -70,8 +70,10 @@ class RegionRouting(nn.Module):
         """Attention of a query map (B, h, w, C) over the routed regions of a key and a value map (B, H, W, C); the grid divides all."""
         routes, affinities = route(region_means(q, self.region_grid), region_means(k, self.region_grid), self.topk)
         weights = (self.scale * affinities).softmax(dim=-1) if self.soft_routing else None
-        regions = (partition(x, self.region_grid).unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4) for x in (q, k, v))
-        out = routed_attention(*regions, routes, scale=self.scale, route_weights=weights, backend=self.backend)
+        q_regions, k_regions, v_regions = (
+            partition(x, self.region_grid).unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4) for x in (q, k, v)
+        )
+        out = routed_attention(q_regions, k_regions, v_regions, routes, scale=self.scale, route_weights=weights, backend=self.backend)
         return merge(out.permute(0, 2, 3, 1, 4).flatten(-2), self.region_grid, (q.shape[1], q.shape[2]))
 
     def extra_repr(self) -> str:

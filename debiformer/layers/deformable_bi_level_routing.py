@@ -37,7 +37,7 @@ class OffsetNetwork(nn.Module):
             raise ValueError(f"offset_kernel_size={kernel_size} is even; the cells it summarises have a centre")
         if channels not in (1, 2):
             raise ValueError(f"offset_channels={channels} is neither 1 (released code) nor 2 (paper)")
-        self.groups = groups
+        self.groups, self.stride = groups, stride
         self.depthwise = DepthwiseConv2d(dim // groups, kernel_size, stride, bias=False)
         self.norm = nn.LayerNorm(dim // groups)
         self.project = nn.Linear(dim // groups, channels, bias=False)

@@ -69,7 +69,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 def _placeholder(name: str) -> type:
     """A class that stands in for `name` in a pickle, takes whatever state it is given, and does nothing with it."""
-    return type(name.rpartition(".")[2], (), {"__new__": lambda cls, *_, **__: object.__new__(cls), "__setstate__": lambda self, _: None})
+
+    class Placeholder:
+        def __new__(cls, *_: Any, **__: Any) -> "Placeholder":
+            return object.__new__(cls)
+
+        def __setstate__(self, state: Any) -> None:
+            pass
+
+    Placeholder.__name__ = name.rpartition(".")[2]
+    return Placeholder
 
 
 def find_tensors(checkpoint: Any, source: str = "the state dict") -> dict[str, Tensor]:
@@ -214,8 +223,14 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     return {name: value for name, value in given.items() if name not in report.left_behind or name.startswith("head.")}
 
 
-def _check(given: Mapping[str, Tensor], model: nn.Module, origin: str, adapted: tuple[str, ...] = ()) -> LoadReport:
-    """Raise unless every name and shape fits, but for the names in `adapted`, and but for the one exception, which is reported."""
+def compare(given: Mapping[str, Tensor], model: nn.Module, adapted: tuple[str, ...] = ()) -> tuple[dict[str, list[str]], LoadReport]:
+    """How tensors in our names fit a model: what is missing, unexpected and mis-shaped, and what the one exception leaves out.
+
+    Args:
+        given: Tensors in our names.
+        model: A backbone of this library.
+        adapted: Names not to look at.
+    """
     wanted = model.state_dict()
     left_behind: list[str] = []
     at_start: list[str] = []
@@ -232,10 +247,21 @@ def _check(given: Mapping[str, Tensor], model: nn.Module, origin: str, adapted: 
             if name in given and name not in adapted and given[name].shape != value.shape
         ],
     }
+    return problems, LoadReport(left_behind, at_start)
+
+
+def list_problems(problems: Mapping[str, list[str]]) -> str:
+    """Every name, a line each, under its kind of problem."""
+    return "".join(f"\n{len(names)} {kind}:\n  " + "\n  ".join(names) for kind, names in problems.items() if names)
+
+
+def _check(given: Mapping[str, Tensor], model: nn.Module, origin: str, adapted: tuple[str, ...] = ()) -> LoadReport:
+    """Raise unless everything fits; report what the one exception leaves out."""
+    problems, report = compare(given, model, adapted)
     if any(problems.values()):
-        lists = "".join(f"\n{len(names)} {kind}:\n  " + "\n  ".join(names) for kind, names in problems.items() if names)
         remedy = "build the model as it was trained (preset, num_classes, feature_norms), and change it after loading (reset_classifier)"
-        raise ValueError(f"{origin} does not fit this {type(model).__name__}: {remedy}.{lists}")
-    if left_behind or at_start:
-        _logger.warning("left behind: %s; at their start: %s", ", ".join(left_behind) or "nothing", ", ".join(at_start) or "nothing")
-    return LoadReport(left_behind, at_start)
+        raise ValueError(f"{origin} does not fit this {type(model).__name__}: {remedy}.{list_problems(problems)}")
+    if report.left_behind or report.at_start:
+        left, start = (", ".join(names) or "nothing" for names in (report.left_behind, report.at_start))
+        _logger.warning("left behind: %s; at their start: %s", left, start)
+    return report

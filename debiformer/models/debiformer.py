@@ -46,7 +46,7 @@ NANO = (
 )
 
 _RELEASE = dict(origin_url="https://github.com/maclong01/DeBiFormer", paper_ids="arXiv:2410.08582", license="apache-2.0")
-_CFGS = {
+_CFGS: dict[str, dict] = {
     "debiformer_tiny": dict(description="DeBiFormer-T of the paper", **_RELEASE),
     "debiformer_small": dict(description="DeBiFormer-S of the paper", **_RELEASE),
     "debiformer_base": dict(description="DeBiFormer-B as released", **_RELEASE),

@@ -1,6 +1,7 @@
 """The four-stage skeleton of every backbone here, with the whole timm backbone interface, written once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_function
@@ -9,6 +10,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import ConvDownsample, ConvFeedForward, ConvStem
+from ..layers.bi_level_routing import RegionRouting
 from ..ops.regions import Grid, as_grid
 from .checkpoints import checkpoint_filter_fn, missing_weights, read_checkpoint
 from .stages import Stage, build_blocks
@@ -80,11 +82,13 @@ class Pyramid(nn.Module):
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.region_grid = as_grid(region_grid)
-        self.feature_info = [dict(num_chs=s.dim, reduction=4 << i, module=f"stages.{i}") for i, s in enumerate(stages)]
+        self.feature_info: list[dict[str, Any]] = [
+            dict(num_chs=s.dim, reduction=4 << i, module=f"stages.{i}") for i, s in enumerate(stages)
+        ]
 
         make = type(self)
         self.stem = make.stem_layer(in_chans, stages[0].dim)
-        rates = calculate_drop_path_rates(drop_path_rate, [s.depth for s in stages], stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, [s.depth for s in stages], stagewise=True)
         self.stages = nn.Sequential()
         for i, stage in enumerate(stages):
             downsample = make.downsample_layer(stages[i - 1].dim, stage.dim) if i else nn.Identity()
@@ -103,7 +107,7 @@ class Pyramid(nn.Module):
             ValueError: If the grid has fewer regions than a layer's top-k; the model is left as it was.
         """
         grid = as_grid(region_grid)
-        layers = [m for m in self.stages.modules() if hasattr(m, "set_region_grid")]
+        layers = [m for m in self.stages.modules() if isinstance(m, RegionRouting)]
         if layers and (most := max(layer.topk for layer in layers)) > grid[0] * grid[1]:
             raise ValueError(f"region_grid={grid} has {grid[0] * grid[1]} regions, fewer than the topk={most} of a layer")
         for layer in layers:
@@ -127,7 +131,7 @@ class Pyramid(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: keep only the borders of blocks for the backward pass."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -216,7 +220,7 @@ class Pyramid(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def pretrained_cfg(**overrides: object) -> dict:
+def pretrained_cfg(**overrides: Any) -> dict[str, Any]:
     """What timm records of a preset: input, normalisation, and where its parts are."""
     return dict(
         url="",
@@ -233,14 +237,14 @@ def pretrained_cfg(**overrides: object) -> dict:
     ) | dict(overrides)
 
 
-def create(model_class: type[Pyramid], name: str, stages: tuple[Stage, ...], pretrained: bool, **kwargs: object) -> nn.Module:
+def create(model_class: type[Pyramid], name: str, stages: tuple[Stage, ...], pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build a preset the timm way. With `pretrained` its weights come from the configured Hub id, URL or file, and from nowhere else.
 
     Raises:
         RuntimeError: If `pretrained` and no weights are configured; the message says which published file is meant.
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
-    cfg = resolve_pretrained_cfg(name, pretrained_cfg=kwargs.pop("pretrained_cfg", None), pretrained_cfg_overlay=overlay)
+    cfg: Any = resolve_pretrained_cfg(name, pretrained_cfg=kwargs.pop("pretrained_cfg", None), pretrained_cfg_overlay=overlay)
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(missing_weights(name))
     if pretrained and cfg.file:  # the published files hold more than tensors, which timm's own reader refuses
@@ -255,5 +259,5 @@ def create(model_class: type[Pyramid], name: str, stages: tuple[Stage, ...], pre
         stages=stages,
         **kwargs,
     )
-    model.pretrained_cfg.pop("state_dict", None)  # the weights are in the model
+    model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]  # the weights are in the model
     return model
