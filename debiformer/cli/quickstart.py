@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
     (scores,) = cli.trainer.test(task, datamodule=cli.datamodule, verbose=False)
     print_comparison(console, task.class_scores, scores["test/balanced_acc"], linear_baseline(), seconds)
     figure = cli.folder / "quickstart.png"
-    draw(task, figure)
+    draw(task, figure, seconds)
     next_steps(console, cli.folder, figure)
     return 0
 
@@ -65,7 +65,7 @@ def print_comparison(console: Console, scores: list[ClassScore], balanced: float
     console.print(table)
 
 
-def draw(task: ClassificationTask, path: Path) -> None:
+def draw(task: ClassificationTask, path: Path, seconds: float) -> None:
     """One figure: every cell of a whole test image with its prediction, and for one cell of each class where the model looked."""
     matplotlib.use("agg")
     names = task.hparams["class_names"]
@@ -80,19 +80,19 @@ def draw(task: ClassificationTask, path: Path) -> None:
         for name in names
     ]
     right = sum(g.label == b.label for g, b in zip(guesses, boxes, strict=True))
-    title = f"debiformer_nano after two minutes on a CPU: {right} of {len(boxes)} cells of an unseen image labelled rightly"
+    title = f"debiformer_nano after {seconds:.0f} s of training on a CPU: {right} of {len(boxes)} cells of an unseen image labelled rightly"
     figure = overview(image, boxes, [g.label for g in guesses], examples, dict(zip(names, COLOURS, strict=False)), title)
     figure.savefig(path, dpi=110)
 
 
 @torch.no_grad()
 def explain(task: ClassificationTask, pixels: torch.Tensor, title: str) -> Example:
-    """What the first stage of the model looks at in an input (3, H, W)."""
+    """Where the first two stages of the model look in an input (3, H, W)."""
     with tracing(task.model) as traces:
         task(pixels[None].to(task.device))
     mean, std = (torch.tensor(task.hparams[name]).view(3, 1, 1) for name in ("mean", "std"))
     seen = ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    routed, deformable = (traces[f"stages.0.blocks.{i}.mixer"] for i in (0, 1))
+    routed, deformable = (traces[name] for name in ("stages.1.blocks.0.mixer", "stages.0.blocks.1.mixer"))
     return Example(Image.fromarray(seen), title, points=deformable, routing=routed, attention=deformable)
 
 

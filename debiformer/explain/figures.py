@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 
 from .attention import Trace
 
@@ -36,7 +36,7 @@ class Example:
     points: Trace
     routing: Trace
     attention: Trace
-    query: tuple[float, float] = (0.5, 0.5)
+    query: tuple[float, float] = (0.4, 0.4)
 
 
 def pixel(trace: Trace, query: tuple[float, float]) -> tuple[int, int]:
@@ -76,26 +76,22 @@ def draw_points(axes: Axes, image: Image, trace: Trace) -> None:
 
 def draw_routes(axes: Axes, image: Image, trace: Trace, query: tuple[float, float]) -> None:
     """The query, its own region in outline, and the regions that this is routed to; everything else is washed out."""
-    show(axes, image, fade=0.65)
-    pixels = np.asarray(image.convert("RGB")) / 255
     row, column = pixel(trace, query)
-    chosen = trace.routes(row, column)
-    (height, width), (h, w) = trace.size, trace.region_size
-    cols = trace.layer.region_grid[1]
-
-    def box(region: int) -> tuple[float, float, float, float]:
-        return region % cols * w / width, region // cols * h / height, w / width, h / height
-
-    for region in chosen:
-        x, y, dx, dy = box(region)
-        clip = Rectangle((x, y), dx, dy, transform=axes.transData)
-        axes.imshow(pixels, extent=(0, 1, 1, 0), interpolation="bicubic", clip_path=clip, clip_on=True)
-        axes.add_patch(Rectangle((x, y), dx, dy, fill=False, edgecolor=COLOURS[1], linewidth=2))
-    x, y, dx, dy = box(trace.region(row, column))
-    axes.add_patch(Rectangle((x, y), dx, dy, fill=False, edgecolor="black", linewidth=1.5, linestyle=(0, (2, 2))))
-    axes.plot(*query, **QUERY)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(1, 0)
+    (height, width), (h, w), cols = trace.size, trace.region_size, trace.layer.region_grid[1]
+    large = image.convert("RGB").resize((width * 32, height * 32), Resampling.BICUBIC)
+    pixels = np.asarray(large) / 255
+    shown = 0.3 * pixels + 0.7
+    boxes = {region: (region % cols * w, region // cols * h) for region in (*trace.routes(row, column), trace.region(row, column))}
+    for region in trace.routes(row, column):
+        x, y = boxes[region]
+        window = (slice(y * 32, (y + h) * 32), slice(x * 32, (x + w) * 32))
+        shown[window] = pixels[window]
+    axes.imshow(shown, extent=(0, 1, 1, 0), interpolation="bicubic")
+    for region, (x, y) in boxes.items():
+        own = region == trace.region(row, column)
+        style = dict(edgecolor="black", linewidth=1.5, linestyle=(0, (2, 2))) if own else dict(edgecolor=COLOURS[1], linewidth=2.2)
+        axes.add_patch(Rectangle((x / width, y / height), w / width, h / height, fill=False, zorder=3 if own else 2, **style))
+    mark_query(axes, trace, query)
 
 
 def draw_attention(axes: Axes, image: Image, trace: Trace, query: tuple[float, float]) -> None:
@@ -103,16 +99,19 @@ def draw_attention(axes: Axes, image: Image, trace: Trace, query: tuple[float, f
     show(axes, image.convert("L"), fade=0.25)
     weights = trace.attention(*pixel(trace, query)).float().cpu().numpy()
     axes.imshow(weights / weights.max(), cmap="inferno", alpha=0.62, extent=(0, 1, 1, 0), interpolation="bicubic", vmin=0)
-    axes.plot(*query, **QUERY)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(1, 0)
+    mark_query(axes, trace, query)
+
+
+def mark_query(axes: Axes, trace: Trace, query: tuple[float, float]) -> None:
+    """A star on the pixel of the map that the query falls on, and the axes cut to the image."""
+    row, column = pixel(trace, query)
+    axes.plot((column + 0.5) / trace.size[1], (row + 0.5) / trace.size[0], **QUERY)
+    axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
 
 
 def draw_detections(axes: Axes, image: Image, boxes: Sequence[tuple], labels: Sequence[str], colours: dict[str, str]) -> None:
     """Boxes (label, x0, y0, x1, y1) in the colour of the label given to each; a wrong one is crossed out."""
     axes.imshow(np.asarray(image.convert("RGB")), interpolation="bicubic")
-    axes.set_xticks([])
-    axes.set_yticks([])
     for (truth, x0, y0, x1, y1), label in zip(boxes, labels, strict=True):
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linewidth=3))
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colours[label], linewidth=1.8))
@@ -120,6 +119,7 @@ def draw_detections(axes: Axes, image: Image, boxes: Sequence[tuple], labels: Se
             axes.plot([x0, x1, x0, x1], [y0, y1, np.nan, np.nan], color="black", linewidth=1.2)
             axes.plot([x0, x1], [y1, y0], color="black", linewidth=1.2)
             axes.text((x0 + x1) / 2, y0 - 4, f"is {truth}", ha="center", fontsize=8, color="black")
+    axes.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
 
 
 def overview(
@@ -136,9 +136,9 @@ def overview(
         title: The headline.
     """
     rows = len(examples)
-    figure = plt.figure(figsize=(16, 2.55 * rows + 1.1), layout="constrained")
+    figure = plt.figure(figsize=(17, 2.15 * rows + 1.2), layout="constrained")
     figure.suptitle(title, fontsize=15, fontweight="bold")
-    panels: Any = figure.subfigures(1, 2, width_ratios=(1.0, 1.32))
+    panels: Any = figure.subfigures(1, 2, width_ratios=(1.0, 1.12))
     left, right = panels
     axes = left.subplots()
     draw_detections(axes, image, boxes, labels, colours)
@@ -147,7 +147,7 @@ def overview(
         axes.plot([], [], color=colour, linewidth=4, label=label)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(colours), frameon=False, fontsize=11)
     grid = right.subplots(rows, 4, squeeze=False)
-    heads = ("cell", "deformed points\nlarger: listened to more", "routed regions\nof the query ★", "attention\nof the query ★")
+    heads = ("cell", "points, moved from their cells\nlarger: listened to more", "routed regions\nof the query ★", "attention\nof the query ★")
     for row, example in zip(grid, examples, strict=True):
         show(row[0], example.image)
         row[0].set_ylabel(example.title, fontsize=11)

@@ -1,0 +1,28 @@
+"""Results with what they were measured on: benchmarks/results/NAME.json."""
+
+import json
+import os
+import platform
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning")
+
+
+def processor() -> str:
+    """The processor's own name where Linux tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def save(name: str, results: Any) -> Path:
+    """Write results beside the machine, the versions and the date."""
+    machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    versions = {package: version(package) for package in PACKAGES}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(dict(date=date.today().isoformat(), machine=machine, versions=versions, results=results), indent=2) + "\n")
+    return path
