@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import DeformableBiLevelRoutingAttention
-from ..layers.bi_level_routing import RegionRouting
+from ..layers.region_routing import RegionRouting
 from ..ops import deformable_attention, merge, reference_points, routed_attention
 from ..ops.observation import watch
 

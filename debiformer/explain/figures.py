@@ -147,7 +147,12 @@ def overview(
         axes.plot([], [], color=colour, linewidth=4, label=label)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(colours), frameon=False, fontsize=11)
     grid = right.subplots(rows, 4, squeeze=False)
-    heads = ("cell", "points, moved from their cells\nlarger: listened to more", "routed regions\nof the query ★", "attention\nof the query ★")
+    heads = (
+        "cell",
+        "points, moved from their cells\nlarger: listened to more",
+        "routed regions\nof the query ★",
+        "attention\nof the query ★",
+    )
     for row, example in zip(grid, examples, strict=True):
         show(row[0], example.image)
         row[0].set_ylabel(example.title, fontsize=11)

@@ -3,81 +3,9 @@
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..ops.regions import Grid, as_grid, merge, pad_to_grid, partition, region_means
-from ..ops.routed_attention import routed_attention
-from ..ops.routing import route
+from ..ops.regions import Grid, pad_to_grid
 from .depthwise import DepthwiseConv2d
-
-
-class RegionRouting(nn.Module):
-    """What the two routing layers share: a region grid that holds no parameter, top-k, heads and the published scale C ** -0.5.
-
-    Args:
-        dim: Channels C.
-        num_heads: Attention heads; must divide `dim`.
-        region_grid: Rows and columns of regions, or one number for both.
-        topk: Regions each region is routed to, from 1 to rows * columns.
-        soft_routing: Weigh the keys and values of each route by the softmax of its affinity, which gives the choice a gradient.
-        layout: "NHWC" for maps (B, H, W, C) or "NCHW" for (B, C, H, W), in and out.
-        backend: Backend of the attention operations; see `debiformer.ops`.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
-
-    def __init__(self, dim: int, num_heads: int, region_grid: int | Grid, topk: int, soft_routing: bool, layout: str, backend: str) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
-        if layout not in ("NHWC", "NCHW"):
-            raise ValueError(f"layout={layout!r} is neither 'NHWC' nor 'NCHW'")
-        self.dim, self.num_heads, self.topk, self.soft_routing, self.layout, self.backend = (
-            dim,
-            num_heads,
-            topk,
-            soft_routing,
-            layout,
-            backend,
-        )
-        self.scale = dim**-0.5
-        self.set_region_grid(region_grid)
-
-    def set_region_grid(self, region_grid: int | Grid) -> None:
-        """Cut maps into another grid from now on; no parameter depends on it.
-
-        Raises:
-            ValueError: If the grid has fewer regions than `topk`.
-        """
-        rows, cols = as_grid(region_grid)
-        if not 1 <= self.topk <= rows * cols:
-            raise ValueError(f"topk={self.topk} is not between 1 and the {rows * cols} regions of region_grid={(rows, cols)}")
-        self.region_grid = (rows, cols)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A map in `layout`, of any height and width -> one of the same shape."""
-        channels = x.shape[-1 if self.layout == "NHWC" else 1] if x.ndim == 4 else None
-        if channels != self.dim:
-            raise ValueError(f"expected a {self.layout} map with {self.dim} channels (layout={self.layout!r}), got shape {tuple(x.shape)}")
-        if self.layout == "NHWC":
-            return self.attend(x)
-        return self.attend(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def attend(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        raise NotImplementedError
-
-    def routed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of a query map (B, h, w, C) over the routed regions of a key and a value map (B, H, W, C); the grid divides all."""
-        routes, affinities = route(region_means(q, self.region_grid), region_means(k, self.region_grid), self.topk)
-        weights = (self.scale * affinities).softmax(dim=-1) if self.soft_routing else None
-        q_regions, k_regions, v_regions = (
-            partition(x, self.region_grid).unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4) for x in (q, k, v)
-        )
-        out = routed_attention(q_regions, k_regions, v_regions, routes, scale=self.scale, route_weights=weights, backend=self.backend)
-        return merge(out.permute(0, 2, 3, 1, 4).flatten(-2), self.region_grid, (q.shape[1], q.shape[2]))
-
-    def extra_repr(self) -> str:
-        return f"region_grid={self.region_grid}, topk={self.topk}, num_heads={self.num_heads}, layout={self.layout}"
+from .region_routing import RegionRouting
 
 
 @register_notrace_module  # a leaf for torchvision's feature extraction, whose tracer cannot follow its shapes

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ..ops.deformable import deformable_attention, reference_points, sample_points
 from ..ops.regions import Grid, as_grid, pad_to_grid
-from .bi_level_routing import RegionRouting
 from .depthwise import DepthwiseConv2d
 from .feedforward import ConvFeedForward
+from .region_routing import RegionRouting
 
 
 class OffsetNetwork(nn.Module):

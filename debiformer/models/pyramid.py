@@ -10,7 +10,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import ConvDownsample, ConvFeedForward, ConvStem
-from ..layers.bi_level_routing import RegionRouting
+from ..layers.region_routing import RegionRouting
 from ..ops.regions import Grid, as_grid
 from .checkpoints import checkpoint_filter_fn, missing_weights, read_checkpoint
 from .stages import Stage, build_blocks
@@ -38,7 +38,7 @@ class PyramidStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return x.permute(0, 3, 1, 2)
 
 
