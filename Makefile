@@ -9,7 +9,7 @@ quickstart: $(VENV)/ready ## train, test and explain a small model on bundled im
 	$(BIN)/debiformer quickstart
 
 test: check ## style, types and tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 10
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
