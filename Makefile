@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check docs clean
+.PHONY: quickstart test check docs timm-tests clean
 
 quickstart: $(VENV)/ready ## train, test and explain a small model on bundled images
 	$(BIN)/debiformer quickstart
@@ -20,8 +20,11 @@ docs: $(VENV)/ready ## the pages, into site/
 	$(BIN)/pip install -q -e ".[docs]"
 	$(BIN)/mkdocs build --strict
 
+timm-tests: $(VENV)/ready ## timm's own tests on our presets: make timm-tests TIMM=path/to/a/timm/checkout
+	cd $(TIMM) && $(abspath $(BIN))/python -m pytest tests/test_models.py -p debiformer -k "(debiformer or biformer) and not torchscript"
+
 $(VENV)/ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -e ".[dev]"
 	touch $@

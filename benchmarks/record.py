@@ -23,6 +23,7 @@ def save(name: str, results: Any) -> Path:
     """Write results beside the machine, the versions and the date."""
     machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
     versions = {package: version(package) for package in PACKAGES}
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(dict(date=date.today().isoformat(), machine=machine, versions=versions, results=results), indent=2) + "\n")
     return path

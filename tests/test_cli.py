@@ -166,7 +166,10 @@ class TestFit:
 
 @pytest.mark.parametrize("recipe", ["image_folder", "blood_cells"])
 def test_every_recipe_trains(inside, recipe, monkeypatch):
-    assert {path.stem for path in (Path(main.__code__.co_filename).parent / "recipes").glob("*.yaml")} == {"image_folder", "blood_cells"}
+    assert {path.stem for path in (Path(main.__code__.co_filename).parents[1] / "recipes").glob("*.yaml")} == {
+        "image_folder",
+        "blood_cells",
+    }
     small = [
         "--data.batch_size",
         "4",

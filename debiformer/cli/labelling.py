@@ -34,11 +34,13 @@ def run(arguments: list[str]) -> int:
     task = load_classifier(options.checkpoint, options.device)
     transform = eval_transform(**{name: task.hparams[name] for name in PREPROCESSING})
     console = Console()
-    labels_width = min(24, max(map(len, task.hparams["class_names"])))
+    classes = task.hparams["class_names"]
+    topk = min(options.topk, len(classes))
+    labels_width = min(24, max(map(len, ["unreadable", *classes])))
     read = failed = 0
     with options.output.open("w", encoding="utf-8", newline="") if options.output else nullcontext() as file:
-        write = writer(file, options.topk) if file else None
-        predictions = predict(task, read_all(paths), transform, options.batch_size, options.topk)
+        write = writer(file, topk) if file else None
+        predictions = predict(task, read_all(paths), transform, options.batch_size, topk)
         while batch := list(islice(predictions, options.batch_size)):
             console.print(table(batch, labels_width, heading=not read + failed))
             if write:

@@ -27,18 +27,24 @@ USAGE = {
 FROM_DATA = ("class_names", *PREPROCESSING)  # what the data tells the model
 
 
+def known_recipes() -> dict[str, Path]:
+    """The bundled recipes by name."""
+    found = (Path(str(file)) for file in files("debiformer.recipes").iterdir() if file.name.endswith(".yaml"))
+    return {path.stem: path for path in sorted(found)}
+
+
 def find_recipe(name: str) -> Path:
     """The file of a bundled recipe by name, or any YAML or JSON file by path.
 
     Raises:
         FileNotFoundError: If there is neither.
     """
-    recipes = {Path(str(file)).stem: Path(str(file)) for file in files("debiformer.recipes").iterdir() if file.name.endswith(".yaml")}
+    recipes = known_recipes()
     if name in recipes:
         return recipes[name]
     if Path(name).is_file():
         return Path(name)
-    known = ", ".join(sorted(recipes))
+    known = ", ".join(recipes)
     raise FileNotFoundError(f"--config {name}: no such file, and no such recipe ({known}); {did_you_mean(Path(name).stem, recipes)}")
 
 
@@ -80,7 +86,7 @@ def run(command: str, arguments: list[str]) -> "TrainingCLI":
             read_hyperparameters(Path(given.ckpt_path))
             given.config = given.config or [str(config_of_run(Path(given.ckpt_path)))]
         if not given.config:
-            raise ValueError("debiformer fit needs --config: a recipe (image_folder, blood_cells) or a YAML file")
+            raise ValueError(f"debiformer fit needs --config: a recipe ({', '.join(known_recipes())}) or a YAML file")
     recipes = [find_recipe(name) for name in given.config]
     line = [f"--config={recipe}" for recipe in recipes] + rest + ([f"--ckpt_path={given.ckpt_path}"] if given.ckpt_path else [])
     return TrainingCLI([command, *line], run_name=recipes[0].stem if recipes else None)
@@ -141,6 +147,7 @@ class TrainingCLI(LightningCLI):
             for name in ("model", "model_args", "drop_path_rate"):
                 config.model[name] = hparams[name]
             config.model.pretrained = False
+            config.trainer.limit_val_batches = config.trainer.limit_test_batches = None  # a run on part of the images is tested on all
             return
         if config.ckpt_path == "last":
             config.ckpt_path = str(self.folder / "checkpoints" / "last.ckpt")

@@ -24,19 +24,20 @@ class Trace:
     name: str
     layer: RegionRouting
     size: tuple[int, int]
+    region_grid: tuple[int, int]
     routed: dict[str, Any] = field(default_factory=dict)
     deformable: dict[str, Any] | None = None
 
     @property
     def padded(self) -> tuple[int, int]:
         """Height and width of the map after padding to the region grid."""
-        (height, width), (rows, cols) = self.size, self.layer.region_grid
+        (height, width), (rows, cols) = self.size, self.region_grid
         return height + -height % rows, width + -width % cols
 
     @property
     def region_size(self) -> tuple[int, int]:
         """Height and width of a region in pixels of the map."""
-        return self.padded[0] // self.layer.region_grid[0], self.padded[1] // self.layer.region_grid[1]
+        return self.padded[0] // self.region_grid[0], self.padded[1] // self.region_grid[1]
 
     def region(self, row: int, column: int) -> int:
         """The region that a pixel of the map lies in.
@@ -46,10 +47,11 @@ class Trace:
         """
         if not (0 <= row < self.size[0] and 0 <= column < self.size[1]):
             raise ValueError(f"query ({row}, {column}) is not on the {self.size[0]}x{self.size[1]} map of {self.name}")
-        return row // self.region_size[0] * self.layer.region_grid[1] + column // self.region_size[1]
+        return row // self.region_size[0] * self.region_grid[1] + column // self.region_size[1]
 
     def routes(self, row: int, column: int, image: int = 0) -> list[int]:
         """Regions that the region of a pixel is routed to, best first. In a deformable layer: that its agents are routed to."""
+        self._check(image)
         return self.routed["routes"][image, self.region(row, column)].tolist()
 
     def points(self, image: int = 0) -> tuple[Tensor, Tensor]:
@@ -59,45 +61,65 @@ class Trace:
             ValueError: If the layer is not deformable.
         """
         call = self._deformable()
+        self._check(image)
         height, width = self.agents
         points = call["points"][image].unflatten(1, self._padded_agents)[:, :height, :width]
         start = reference_points(height, width, dtype=points.dtype, device=points.device)
         return points, start.expand_as(points)
 
-    def point_weights(self) -> Tensor:
-        """Attention (B, N, M) of every pixel of the padded map to every agent, padding included, averaged over heads."""
-        call = self._deformable()
-        return deformable_attention(**call | {"v": _identity(call["k"], call["k"].shape[2])}).mean(1)
+    def importance(self, image: int = 0) -> Tensor:
+        """Attention that each point (h, w) receives, the mean over all pixels and heads; it sums to 1 with the agents of the padding.
+
+        Raises:
+            ValueError: If the layer is not deformable, or there is no such image.
+        """
+        height, width = self.agents
+        return self._weights_on_points(image).mean(0).unflatten(0, self._padded_agents)[:height, :width]
 
     def attention(self, row: int, column: int, image: int = 0) -> Tensor:
         """Attention (H, W) of one pixel to all pixels of the map, averaged over heads; hard routing makes it sum to 1 over the padded map.
 
         In a deformable layer both levels are composed: the pixel's weights on the agents, times the agents' weights on pixels.
-        """
-        region = self.region(row, column)
-        if self.deformable is not None:
-            weights = self.point_weights()[image, row * self.padded[1] + column] @ self._token_weights(image)
-        else:
-            within = row % self.region_size[0] * self.region_size[1] + column % self.region_size[1]
-            tokens = self.region_size[0] * self.region_size[1]
-            weights = self._token_weights(image, slice(region, region + 1), slice(within, within + 1))[0].view(-1, tokens).flatten()
-        grid = self.layer.region_grid
-        regions = weights.view(1, grid[0] * grid[1], -1, 1)
-        return merge(regions, grid, self.padded)[0, : self.size[0], : self.size[1], 0]
 
-    def _token_weights(self, image: int, regions: slice = slice(None), tokens: slice = slice(None)) -> Tensor:
-        """Weights of query tokens on all key tokens, in order of regions, averaged over heads; agents are put into map order."""
-        call = self.routed
-        one = {name: call[name][image : image + 1] for name in ("q", "k", "routes")}
-        one["q"], one["routes"] = one["q"][:, :, regions, tokens], one["routes"][:, regions]
-        soft = call["route_weights"]
-        soft = None if soft is None else soft[image : image + 1, regions]
-        count = one["k"].shape[2] * one["k"].shape[3]
-        values = _identity(one["k"].flatten(2, 3), count).unflatten(2, one["k"].shape[2:4])
-        weights = routed_attention(one["q"], one["k"], values, one["routes"], scale=call["scale"], route_weights=soft).mean(1)[0]
+        Raises:
+            ValueError: If there is no such pixel or image.
+        """
+        region, (rows, cols) = self.region(row, column), self.region_grid
         if self.deformable is None:
-            return weights.flatten(0, 1)
-        return merge(weights[None], self.layer.region_grid, self._padded_agents)[0].flatten(0, 1)
+            within = row % self.region_size[0] * self.region_size[1] + column % self.region_size[1]
+            weights = self._weights_on_regions(image, region, slice(within, within + 1))[0]
+        else:
+            agents = torch.stack([self._weights_on_regions(image, r) for r in range(rows * cols)])  # (R, T, R', T')
+            agents = merge(agents.flatten(2)[None], self.region_grid, self._padded_agents)[0].flatten(0, 1)
+            listened = self._weights_on_points(image)[row * self.padded[1] + column]
+            weights = (listened @ agents).unflatten(0, (rows * cols, -1))
+        return merge(weights[None, :, :, None], self.region_grid, self.padded)[0, : self.size[0], : self.size[1], 0]
+
+    def _weights_on_regions(self, image: int, region: int, tokens: slice = slice(None)) -> Tensor:
+        """Weights (T, R', T') of the query tokens of one region on all key tokens, averaged over heads."""
+        self._check(image)
+        call = self.routed
+        routes = call["routes"][image, region]
+        k = call["k"][image : image + 1, :, routes]  # the routed regions alone: the weights on all others are 0
+        q = call["q"][image : image + 1, :, region : region + 1, tokens]
+        soft = None if call["route_weights"] is None else call["route_weights"][image : image + 1, region : region + 1]
+        everything = torch.arange(len(routes), device=routes.device)[None, None]
+        values = _identity(k.flatten(2, 3)).unflatten(2, k.shape[2:4])
+        weights = routed_attention(q, k, values, everything, scale=call["scale"], route_weights=soft).mean(1)[0, 0]
+        out = weights.new_zeros(weights.shape[0], call["k"].shape[2], k.shape[3])
+        return out.index_copy(1, routes, weights.unflatten(1, k.shape[2:4]))
+
+    def _weights_on_points(self, image: int) -> Tensor:
+        """Attention (N, M) of every pixel of the padded map to every agent, padding included, averaged over heads."""
+        self._check(image)
+        call = self._deformable()
+        one = {name: call[name][image : image + 1] for name in ("q", "k", "points")}
+        return deformable_attention(**call | one | {"v": _identity(one["k"])}).mean(1)[0]
+
+    def _check(self, image: int) -> None:
+        images = len(self.routed["routes"])
+        if not 0 <= image < images:
+            raise ValueError(f"image {image} is not one of the {images} traced in {self.name}, from 0 on")
 
     def _deformable(self) -> dict[str, Any]:
         if self.deformable is None:
@@ -114,18 +136,18 @@ class Trace:
 
     @property
     def _padded_agents(self) -> tuple[int, int]:
-        (height, width), (rows, cols) = self.agents, self.layer.region_grid
+        (height, width), (rows, cols) = self.agents, self.region_grid
         return height + -height % rows, width + -width % cols
 
 
-def _identity(k: Tensor, count: int) -> Tensor:
-    """Values (B, H, count, count) that make an attention operation return its own weights."""
-    return torch.eye(count, dtype=k.dtype, device=k.device).expand(*k.shape[:2], count, count)
+def _identity(k: Tensor) -> Tensor:
+    """Values (B, H, M, M) that make an attention operation with keys (B, H, M, D) return its own weights."""
+    return torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
 
 
 @contextmanager
 def tracing(model: nn.Module) -> Iterator[dict[str, Trace]]:
-    """Trace every routing layer of a model during the forward passes inside the block; the last pass stays. Results do not change.
+    """Trace every routing layer of a model during the forward passes inside the block; of a layer, the last stays. Results do not change.
 
     Yields:
         Traces by module name, in order of execution.
@@ -138,7 +160,7 @@ def tracing(model: nn.Module) -> Iterator[dict[str, Trace]]:
         assert isinstance(layer, RegionRouting)
         x = args[0]
         height, width = x.shape[1:3] if layer.layout == "NHWC" else x.shape[2:]
-        traces[names[layer]] = Trace(names[layer], layer, (height, width))
+        traces[names[layer]] = Trace(names[layer], layer, (height, width), layer.region_grid)
         current[:] = [traces[names[layer]]]
 
     def seen(name: str, **arguments: Any) -> None:

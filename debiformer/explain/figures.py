@@ -58,18 +58,19 @@ def draw_points(axes: Axes, image: Image, trace: Trace) -> None:
     show(axes, image, fade=0.15)
     points, start = (p.float().cpu() for p in trace.points())
     padded, size = trace.padded, trace.size
-    weights = trace.point_weights()[0].mean(0).float().cpu()
+    weights = trace.importance().float().cpu()
     stretch = np.array([padded[1] / size[1], padded[0] / size[0]])  # points span the padded map
     heard = weights / weights.max()
     groups, rows, cols, _ = points.shape
-    columns = cols + -cols % trace.layer.region_grid[1]
     for group in range(groups):
         for i in range(rows):
             for j in range(cols):
                 (x0, y0), (x1, y1) = (((p[group, i, j].numpy() + 1) / 2) * stretch for p in (start, points))
                 axes.plot([x0, x1], [y0, y1], color="white", linewidth=2.2, zorder=2)
-                axes.plot([x0, x1], [y0, y1], color=COLOURS[group], linewidth=1.2, zorder=3)
-                axes.scatter(x1, y1, s=20 + 130 * heard[i * columns + j], color=COLOURS[group], edgecolor="white", linewidth=0.9, zorder=4)
+                axes.plot([x0, x1], [y0, y1], color=COLOURS[group % len(COLOURS)], linewidth=1.2, zorder=3)
+                axes.scatter(
+                    x1, y1, s=20 + 130 * heard[i, j], color=COLOURS[group % len(COLOURS)], edgecolor="white", linewidth=0.9, zorder=4
+                )
     axes.set_xlim(0, 1)
     axes.set_ylim(1, 0)
 
@@ -77,7 +78,7 @@ def draw_points(axes: Axes, image: Image, trace: Trace) -> None:
 def draw_routes(axes: Axes, image: Image, trace: Trace, query: tuple[float, float]) -> None:
     """The query, its own region in outline, and the regions that this is routed to; everything else is washed out."""
     row, column = pixel(trace, query)
-    (height, width), (h, w), cols = trace.size, trace.region_size, trace.layer.region_grid[1]
+    (height, width), (h, w), cols = trace.size, trace.region_size, trace.region_grid[1]
     large = image.convert("RGB").resize((width * 32, height * 32), Resampling.BICUBIC)
     pixels = np.asarray(large) / 255
     shown = 0.3 * pixels + 0.7
@@ -89,7 +90,9 @@ def draw_routes(axes: Axes, image: Image, trace: Trace, query: tuple[float, floa
     axes.imshow(shown, extent=(0, 1, 1, 0), interpolation="bicubic")
     for region, (x, y) in boxes.items():
         own = region == trace.region(row, column)
-        style = dict(edgecolor="black", linewidth=1.5, linestyle=(0, (2, 2))) if own else dict(edgecolor=COLOURS[1], linewidth=2.2)
+        style: dict[str, Any] = (
+            dict(edgecolor="black", linewidth=1.5, linestyle=(0, (2, 2))) if own else dict(edgecolor=COLOURS[1], linewidth=2.2)
+        )
         axes.add_patch(Rectangle((x / width, y / height), w / width, h / height, fill=False, zorder=3 if own else 2, **style))
     mark_query(axes, trace, query)
 

@@ -9,7 +9,7 @@ from ..ops.deformable import deformable_attention, reference_points, sample_poin
 from ..ops.regions import Grid, as_grid, pad_to_grid
 from .depthwise import DepthwiseConv2d
 from .feedforward import ConvFeedForward
-from .region_routing import RegionRouting
+from .region_routing import RegionRouting, check_positive
 
 
 class OffsetNetwork(nn.Module):
@@ -31,6 +31,7 @@ class OffsetNetwork(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int, stride: int, groups: int, channels: int = 1) -> None:
         super().__init__()
+        check_positive(dim=dim, offset_kernel_size=kernel_size, point_stride=stride, offset_groups=groups)
         if dim % groups:
             raise ValueError(f"offset_groups={groups} does not divide dim={dim}")
         if kernel_size % 2 == 0:
@@ -44,13 +45,13 @@ class OffsetNetwork(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """Queries (B, H, W, C) -> points (B, G, h, w, 2) as (x, y) in [-1, 1], with h = ceil(H / stride) and w likewise."""
-        groups = q.unflatten(-1, (self.groups, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        groups = q.unflatten(-1, (self.groups, q.shape[-1] // self.groups)).permute(0, 3, 1, 2, 4).flatten(0, 1)
         offsets = self.project(F.gelu(self.norm(self.depthwise(groups))))
         # Half precision would blur the points by more than a pixel of a large map.
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
         height, width = offsets.shape[1:3]
         points = offsets + reference_points(height, width, dtype=offsets.dtype, device=offsets.device)
-        return points.clamp(-1, 1).unflatten(0, (-1, self.groups))
+        return points.clamp(-1, 1).unflatten(0, (q.shape[0], self.groups))
 
 
 @register_notrace_module
@@ -98,9 +99,10 @@ class DeformableBiLevelRoutingAttention(RegionRouting):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, region_grid, topk, soft_routing, layout, backend)
+        check_positive(offset_groups=offset_groups)
         if num_heads % offset_groups:
             raise ValueError(f"offset_groups={offset_groups} does not divide num_heads={num_heads}")
-        rows, cols = as_grid(bias_grid)
+        rows, cols = as_grid(bias_grid, "bias_grid")
         self.qkv = nn.Linear(dim, 3 * dim)
         self.offset_network = OffsetNetwork(dim, offset_kernel_size, point_stride, offset_groups, offset_channels)
         self.local_context = DepthwiseConv2d(dim, kernel_size=5, stride=point_stride)
@@ -119,9 +121,9 @@ class DeformableBiLevelRoutingAttention(RegionRouting):
         x = pad_to_grid(x, self.region_grid)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         points = self.offset_network(q)
-        agents = self.gather(pad_to_grid(sample_points(x, points), self.region_grid), k, v)
+        agents = self.gather(pad_to_grid(sample_points(x, points, backend=self.backend), self.region_grid), k, v)
         # Agents that only fill up the grid sit at the centre of the image.
-        points = pad_to_grid(points.flatten(0, 1), self.region_grid).unflatten(0, (-1, self.offset_network.groups))
+        points = pad_to_grid(points.flatten(0, 1), self.region_grid).unflatten(0, (x.shape[0], self.offset_network.groups))
         out = deformable_attention(
             self.heads(q),
             self.heads(self.agent_key(agents)),
@@ -143,4 +145,4 @@ class DeformableBiLevelRoutingAttention(RegionRouting):
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, heads, H * W, C / heads)."""
-        return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.flatten(1, 2).unflatten(-1, self.heads_and_width).transpose(1, 2)

@@ -12,10 +12,15 @@ class ConvFeedForward(nn.Module):
     Args:
         dim: Channels C.
         ratio: Hidden width as a multiple of `dim`, B_r of the paper (D_r for the agents).
+
+    Raises:
+        ValueError: If `ratio` is not above 0.
     """
 
     def __init__(self, dim: int, ratio: float) -> None:
         super().__init__()
+        if not ratio > 0:
+            raise ValueError(f"mlp ratio={ratio} is not above 0")
         hidden = int(dim * ratio)
         self.fc1 = nn.Linear(dim, hidden)
         self.depthwise = DepthwiseConv2d(hidden, kernel_size=3)

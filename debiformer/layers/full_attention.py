@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .depthwise import DepthwiseConv2d
+from .region_routing import check_positive
 
 
 class FullAttention(nn.Module):
@@ -19,6 +20,7 @@ class FullAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 8) -> None:
         super().__init__()
+        check_positive(dim=dim, num_heads=num_heads)
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         self.num_heads = num_heads
@@ -28,6 +30,6 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Scaled by the head width, unlike the routed layers.
-        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, x.shape[-1] // self.num_heads)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).view_as(x)
         return self.proj(out + self.local_context(x))

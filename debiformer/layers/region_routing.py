@@ -3,8 +3,15 @@
 from torch import Tensor, nn
 
 from ..ops.regions import Grid, as_grid, merge, partition, region_means
-from ..ops.routed_attention import routed_attention
+from ..ops.routed_attention import BACKENDS, routed_attention
 from ..ops.routing import route
+
+
+def check_positive(**arguments: int) -> None:
+    """Raise a ValueError that names the first argument that is not a positive integer."""
+    for name, value in arguments.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}={value!r} is not a positive integer")
 
 
 class RegionRouting(nn.Module):
@@ -25,18 +32,16 @@ class RegionRouting(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, region_grid: int | Grid, topk: int, soft_routing: bool, layout: str, backend: str) -> None:
         super().__init__()
+        check_positive(dim=dim, num_heads=num_heads, topk=topk)
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         if layout not in ("NHWC", "NCHW"):
             raise ValueError(f"layout={layout!r} is neither 'NHWC' nor 'NCHW'")
-        self.dim, self.num_heads, self.topk, self.soft_routing, self.layout, self.backend = (
-            dim,
-            num_heads,
-            topk,
-            soft_routing,
-            layout,
-            backend,
-        )
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+        self.dim, self.num_heads, self.topk = dim, num_heads, topk
+        self.soft_routing, self.layout, self.backend = soft_routing, layout, backend
+        self.heads_and_width = (num_heads, dim // num_heads)
         self.scale = dim**-0.5
         self.set_region_grid(region_grid)
 
@@ -69,7 +74,7 @@ class RegionRouting(nn.Module):
         routes, affinities = route(region_means(q, self.region_grid), region_means(k, self.region_grid), self.topk)
         weights = (self.scale * affinities).softmax(dim=-1) if self.soft_routing else None
         q_regions, k_regions, v_regions = (
-            partition(x, self.region_grid).unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4) for x in (q, k, v)
+            partition(x, self.region_grid).unflatten(-1, self.heads_and_width).permute(0, 3, 1, 2, 4) for x in (q, k, v)
         )
         out = routed_attention(q_regions, k_regions, v_regions, routes, scale=self.scale, route_weights=weights, backend=self.backend)
         return merge(out.permute(0, 2, 3, 1, 4).flatten(-2), self.region_grid, (q.shape[1], q.shape[2]))

@@ -38,7 +38,7 @@ def init_linear(module: nn.Module) -> None:
 
 def stages(depths: tuple[int, ...], width: int) -> tuple[Stage, ...]:
     """The published layout: top-1, 4 and 16 routing, then full attention. A depth of d counts d blocks, as the paper does."""
-    mixers: tuple[BRA | Full, ...] = (BRA(1), BRA(4), BRA(16), Full())
+    mixers: tuple[BRA | Full, ...] = (BRA(topk=1), BRA(topk=4), BRA(topk=16), Full())
     return tuple(Stage(depth, width << i, (mixer,), mlp_ratio=3) for i, (depth, mixer) in enumerate(zip(depths, mixers, strict=True)))
 
 

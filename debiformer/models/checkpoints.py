@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import safetensors.torch
@@ -42,10 +43,49 @@ def missing_weights(name: str) -> str:
     )
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint file by name: .safetensors, or what torch.save wrote. Nothing but tensors is brought to life.
+class Inert:
+    """Stands in for every object of a checkpoint that is not part of a tensor; takes whatever it is given, and does nothing with it."""
 
-    Published files also hold training arguments and optimizer states; their objects are read as inert placeholders, so no code runs.
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+        return object.__new__(cls)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
+        return self
+
+    def ignore(self, *args: Any) -> None:
+        """Take and forget."""
+
+    append = extend = add = update = __setitem__ = __setstate__ = ignore
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Brings tensors and ordered dictionaries to life, and nothing else: names in the file are never looked up beyond this list."""
+
+    alive = frozenset(
+        {
+            "collections.OrderedDict",
+            "torch.Size",
+            "torch._utils._rebuild_parameter",
+            "torch._utils._rebuild_tensor",
+            "torch._utils._rebuild_tensor_v2",
+            *(f"torch.{name}Storage" for name in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(module, name) if f"{module}.{name}" in self.alive else Inert
+
+
+_tensor_pickle: Any = ModuleType("tensor_pickle")  # what torch.load asks of a pickle module
+_tensor_pickle.Unpickler = TensorUnpickler
+_tensor_pickle.load = lambda file, **options: TensorUnpickler(file, **options).load()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint file by name: .safetensors, or what torch.save wrote, in its old format too.
+
+    Published files also hold training arguments and optimizer states. Their objects become inert stand-ins, whatever they are: no code of
+    the file runs, and nothing that it names is imported.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -57,28 +97,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_placeholder(name), name) for name in names]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
+        # The unpickler is stricter than weights_only=True, which refuses a file for the objects that we leave out.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_tensor_pickle)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{path} is not a readable checkpoint ({error}); if it was downloaded, compare its size with the original"
         ) from error
     return find_tensors(checkpoint, str(path))
-
-
-def _placeholder(name: str) -> type:
-    """A class that stands in for `name` in a pickle, takes whatever state it is given, and does nothing with it."""
-
-    class Placeholder:
-        def __new__(cls, *_: Any, **__: Any) -> "Placeholder":
-            return object.__new__(cls)
-
-        def __setstate__(self, state: Any) -> None:
-            pass
-
-    Placeholder.__name__ = name.rpartition(".")[2]
-    return Placeholder
 
 
 def find_tensors(checkpoint: Any, source: str = "the state dict") -> dict[str, Tensor]:
@@ -168,9 +193,9 @@ def our_name(key: str, paired: bool) -> str:
 def to_our_names(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Published checkpoint, in any of its wrappings, to a state dict in our names.
 
-    Of a segmentation or detection checkpoint only the backbone is taken.
+    Of a segmentation or detection checkpoint only the backbone is taken, of one that this library trained only the model.
     """
-    tensors = {key.removeprefix("module."): value for key, value in find_tensors(checkpoint).items()}
+    tensors = {re.sub(r"^(?:module\.|model\.)+", "", key): value for key, value in find_tensors(checkpoint).items()}
     if any(key.startswith("backbone.") for key in tensors):
         others = sorted({key.split(".")[0] for key in tensors if not key.startswith("backbone.")})
         if others:
@@ -198,13 +223,16 @@ def load_published(source: str | Path | Mapping[str, Any], model: nn.Module) -> 
         model: A preset of this library, or its `features_only` form.
 
     Returns:
-        What was left out. That is nothing, but for a classification checkpoint in a model without a classifier: its head, and its final
-        norm where the model has none, are left behind, and feature norms keep their initial values.
+        What was left out. That is nothing, but for a model without a classifier: the head of a classification checkpoint, and its final
+        norm where the model has none, are left behind, and feature norms keep their initial values; so are left behind the stages, and the
+        feature norms, that `features_only` with fewer `out_indices` has dropped.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, or anything else is missing, unexpected or mis-shaped; every name is listed, and nothing loaded.
     """
+    for wrapped in ("_orig_mod", "module"):  # torch.compile, distributed training
+        model = getattr(model, wrapped, model)
     backbone = model.model if isinstance(model, FeatureGetterNet) else model
     given = to_our_names(source if isinstance(source, Mapping) else read_checkpoint(source))
     report = _check(given, backbone, "the state dict" if isinstance(source, Mapping) else str(source))
@@ -220,6 +248,8 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     """
     given = to_our_names(checkpoint)
     report = _check(given, model, "the pretrained checkpoint", adapted=("head.fc.weight", "head.fc.bias", "stem.0.weight"))
+    if "head.fc.weight" not in given and "head.fc.weight" in model.state_dict():
+        _logger.warning("the checkpoint has no classifier: that of the model is at its start")
     return {name: value for name, value in given.items() if name not in report.left_behind or name.startswith("head.")}
 
 
@@ -232,11 +262,14 @@ def compare(given: Mapping[str, Tensor], model: nn.Module, adapted: tuple[str, .
         adapted: Names not to look at.
     """
     wanted = model.state_dict()
+    headless = getattr(model, "num_classes", None) == 0
     left_behind: list[str] = []
     at_start: list[str] = []
+    if headless:
+        kept = {name.split(".")[1] for name in wanted if name.startswith("stages.")}
+        left_behind = [name for name in given if name.startswith(("stages.", "feature_norms.")) and name.split(".")[1] not in kept]
     if any(name.startswith("head.") for name in given) and not any(name.startswith("feature_norms.") for name in given):
-        headless = getattr(model, "num_classes", None) == 0
-        left_behind = [name for name in given if headless and name not in wanted and name.startswith(("head.", "norm."))]
+        left_behind += [name for name in given if headless and name not in wanted and name.startswith(("head.", "norm."))]
         at_start = [name for name in wanted if (headless or adapted) and name.startswith("feature_norms.")]
     problems = {
         "missing": [name for name in wanted if name not in given and name not in at_start and name not in adapted],

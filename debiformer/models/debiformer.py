@@ -20,29 +20,29 @@ class DeBiFormer(Pyramid):
 
 # A depth of d counts d pairs of mixers, as the paper does: 2d blocks here.
 TINY = (
-    Stage(1, 64, (BRA(1), DBRA(4, point_stride=8, offset_kernel_size=9, offset_groups=1)), mlp_ratio=3),
-    Stage(1, 128, (BRA(4), DBRA(8, point_stride=4, offset_kernel_size=7, offset_groups=2)), mlp_ratio=3),
-    Stage(4, 256, (BRA(16), DBRA(16, point_stride=2, offset_kernel_size=5, offset_groups=4)), mlp_ratio=3),
-    Stage(1, 512, (DBRA(49, point_stride=1, offset_kernel_size=3, offset_groups=8),) * 2, mlp_ratio=3),
+    Stage(1, 64, (BRA(topk=1), DBRA(topk=4, point_stride=8, offset_kernel_size=9, offset_groups=1)), mlp_ratio=3),
+    Stage(1, 128, (BRA(topk=4), DBRA(topk=8, point_stride=4, offset_kernel_size=7, offset_groups=2)), mlp_ratio=3),
+    Stage(4, 256, (BRA(topk=16), DBRA(topk=16, point_stride=2, offset_kernel_size=5, offset_groups=4)), mlp_ratio=3),
+    Stage(1, 512, (DBRA(topk=49, point_stride=1, offset_kernel_size=3, offset_groups=8),) * 2, mlp_ratio=3),
 )
 SMALL = (
-    Stage(2, 64, (BRA(1), DBRA(4, point_stride=8, offset_kernel_size=9, offset_groups=1)), mlp_ratio=3),
-    Stage(2, 128, (BRA(4), DBRA(8, point_stride=4, offset_kernel_size=7, offset_groups=2)), mlp_ratio=3),
-    Stage(9, 256, (BRA(16), DBRA(16, point_stride=2, offset_kernel_size=5, offset_groups=4)), mlp_ratio=3),
-    Stage(3, 512, (DBRA(49, point_stride=1, offset_kernel_size=3, offset_groups=8),) * 2, mlp_ratio=2, agent_mlp_ratio=1),
+    Stage(2, 64, (BRA(topk=1), DBRA(topk=4, point_stride=8, offset_kernel_size=9, offset_groups=1)), mlp_ratio=3),
+    Stage(2, 128, (BRA(topk=4), DBRA(topk=8, point_stride=4, offset_kernel_size=7, offset_groups=2)), mlp_ratio=3),
+    Stage(9, 256, (BRA(topk=16), DBRA(topk=16, point_stride=2, offset_kernel_size=5, offset_groups=4)), mlp_ratio=3),
+    Stage(3, 512, (DBRA(topk=49, point_stride=1, offset_kernel_size=3, offset_groups=8),) * 2, mlp_ratio=2, agent_mlp_ratio=1),
 )
 BASE = (
-    Stage(2, 96, (BRA(1), DBRA(4, point_stride=8, offset_kernel_size=9, offset_groups=1)), mlp_ratio=3),
-    Stage(2, 192, (BRA(4), DBRA(8, point_stride=4, offset_kernel_size=7, offset_groups=2)), mlp_ratio=3),
-    Stage(9, 384, (BRA(16), DBRA(16, point_stride=2, offset_kernel_size=5, offset_groups=3)), mlp_ratio=3),
-    Stage(2, 768, (DBRA(49, point_stride=1, offset_kernel_size=3, offset_groups=6),) * 2, mlp_ratio=3),
+    Stage(2, 96, (BRA(topk=1), DBRA(topk=4, point_stride=8, offset_kernel_size=9, offset_groups=1)), mlp_ratio=3),
+    Stage(2, 192, (BRA(topk=4), DBRA(topk=8, point_stride=4, offset_kernel_size=7, offset_groups=2)), mlp_ratio=3),
+    Stage(9, 384, (BRA(topk=16), DBRA(topk=16, point_stride=2, offset_kernel_size=5, offset_groups=3)), mlp_ratio=3),
+    Stage(2, 768, (DBRA(topk=49, point_stride=1, offset_kernel_size=3, offset_groups=6),) * 2, mlp_ratio=3),
 )
 # Not from the paper: this library's own, for CPUs, tests and small images.
 NANO = (
-    Stage(1, 32, (BRA(2), DBRA(4, point_stride=4, offset_kernel_size=7, offset_groups=1)), mlp_ratio=2, agent_mlp_ratio=2),
-    Stage(1, 64, (BRA(4), DBRA(8, point_stride=2, offset_kernel_size=5, offset_groups=2)), mlp_ratio=2, agent_mlp_ratio=2),
-    Stage(1, 128, (BRA(16), DBRA(16, point_stride=1, offset_kernel_size=3, offset_groups=4)), mlp_ratio=2, agent_mlp_ratio=2),
-    Stage(1, 192, (DBRA(16, point_stride=1, offset_kernel_size=3, offset_groups=6),), mlp_ratio=2, agent_mlp_ratio=1),
+    Stage(1, 32, (BRA(topk=2), DBRA(topk=4, point_stride=4, offset_kernel_size=7, offset_groups=1)), mlp_ratio=2, agent_mlp_ratio=2),
+    Stage(1, 64, (BRA(topk=4), DBRA(topk=8, point_stride=2, offset_kernel_size=5, offset_groups=2)), mlp_ratio=2, agent_mlp_ratio=2),
+    Stage(1, 128, (BRA(topk=16), DBRA(topk=16, point_stride=1, offset_kernel_size=3, offset_groups=4)), mlp_ratio=2, agent_mlp_ratio=2),
+    Stage(1, 192, (DBRA(topk=16, point_stride=1, offset_kernel_size=3, offset_groups=6),), mlp_ratio=2, agent_mlp_ratio=1),
 )
 
 _RELEASE = dict(origin_url="https://github.com/maclong01/DeBiFormer", paper_ids="arXiv:2410.08582", license="apache-2.0")
@@ -62,7 +62,7 @@ default_cfgs = generate_default_cfgs({f"{name}.untrained": pretrained_cfg(**cfg)
 
 @register_model
 def debiformer_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
-    """DeBiFormer-T: 21.5 M parameters, 2.7 GMACs at 224."""
+    """DeBiFormer-T: 21.5 M parameters, 2.6 GMACs at 224."""
     return create(DeBiFormer, "debiformer_tiny", TINY, pretrained, **kwargs)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers import ConvDownsample, ConvFeedForward, ConvStem
 from ..layers.region_routing import RegionRouting
 from ..ops.regions import Grid, as_grid
-from .checkpoints import checkpoint_filter_fn, missing_weights, read_checkpoint
+from .checkpoints import checkpoint_filter_fn, missing_weights, read_checkpoint, to_our_names
 from .stages import Stage, build_blocks
 
 BIAS_IMAGE_SIZE = 224  # bias tables hold one entry for each displacement at this input size, and are interpolated at others
@@ -79,6 +79,9 @@ class Pyramid(nn.Module):
         feature_norms: bool = False,
     ) -> None:
         super().__init__()
+        if in_chans < 1 or num_classes < 0 or not 0 <= drop_path_rate < 1 or not 0 <= drop_rate < 1:
+            given = f"in_chans={in_chans}, num_classes={num_classes}, drop_rate={drop_rate}, drop_path_rate={drop_path_rate}"
+            raise ValueError(f"channels must be positive, classes not negative, and rates from 0 to below 1; got {given}")
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.region_grid = as_grid(region_grid)
@@ -138,7 +141,13 @@ class Pyramid(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for `num_classes` (0 for none), and another pooling where one is given."""
+        """A new classifier for `num_classes` (0 for none), and another pooling where one is given.
+
+        Raises:
+            ValueError: If the model has no final norm to classify after, as a dense backbone; build it with `num_classes` instead.
+        """
+        if num_classes and self.feature_norms is not None and isinstance(self.norm, nn.Identity):
+            raise ValueError(f"no classifier of {num_classes} classes for a dense backbone without a final norm: build it with num_classes")
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
 
@@ -161,14 +170,15 @@ class Pyramid(nn.Module):
 
         Args:
             x: Images (B, in_chans, H, W).
-            indices: Stages to take: the last n, these, or all where it is None.
+            indices: Stages to take: the last n, these (in rising order), or all where it is None.
             norm: Normalise the maps: each by its feature norm, or the last by the final norm where there are no feature norms.
             stop_early: Leave out the stages after the last one taken.
             output_fmt: "NCHW".
             intermediates_only: Return the maps alone.
 
         Returns:
-            The final map, normalised as in `forward_features`, and the maps (B, C, H, W) of the stages taken; or these alone.
+            The final map, normalised as in `forward_features` (with `stop_early`, the last map computed), and the maps (B, C, H, W) of the
+            stages taken; or these alone.
 
         Raises:
             ValueError: If the images or `output_fmt` are not as above.
@@ -248,7 +258,9 @@ def create(model_class: type[Pyramid], name: str, stages: tuple[Stage, ...], pre
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(missing_weights(name))
     if pretrained and cfg.file:  # the published files hold more than tensors, which timm's own reader refuses
-        cfg.state_dict = read_checkpoint(cfg.file)
+        cfg.state_dict = to_our_names(read_checkpoint(cfg.file))
+        if "head.fc.weight" in cfg.state_dict:  # timm drops a classifier that is not of this width
+            cfg.num_classes = len(cfg.state_dict["head.fc.weight"])
     model = build_model_with_cfg(
         model_class,
         name,

@@ -20,9 +20,9 @@ class SwinLayout(BiFormer):
 
 
 BIFORMER_STL = (
-    Stage(2, 96, (BRA(1),), mlp_ratio=4),
-    Stage(2, 192, (BRA(4),), mlp_ratio=4),
-    Stage(6, 384, (BRA(16),), mlp_ratio=4),
+    Stage(2, 96, (BRA(topk=1),), mlp_ratio=4),
+    Stage(2, 192, (BRA(topk=4),), mlp_ratio=4),
+    Stage(6, 384, (BRA(topk=16),), mlp_ratio=4),
     Stage(2, 768, (Full(),), mlp_ratio=4),
 )
 

@@ -31,7 +31,9 @@ def sample_points(x: Tensor, points: Tensor, *, backend: str = "auto") -> Tensor
     """
     if x.ndim != 4 or points.ndim != 5 or points.shape[-1] != 2 or points.shape[0] != x.shape[0]:
         raise ValueError(f"expected x (B, H, W, C) and points (B, G, h, w, 2); got {tuple(x.shape)} and {tuple(points.shape)}")
-    if x.shape[-1] % points.shape[1]:
+    if not (x.is_floating_point() and points.is_floating_point() and x.device == points.device):
+        raise ValueError(f"x and points must be floating-point on one device; got {x.dtype} {x.device}, {points.dtype} {points.device}")
+    if not points.shape[1] or x.shape[-1] % points.shape[1]:
         raise ValueError(f"the {points.shape[1]} groups of points do not divide the {x.shape[-1]} channels of x")
     if backend not in SAMPLE_BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(SAMPLE_BACKENDS)}")
@@ -50,8 +52,9 @@ def _sample_rows(x: Tensor, points: Tensor) -> Tensor:
     for i, row_weight in ((top, 1 - (row - top)), (top + 1, row - top)):
         for j, column_weight in ((left, 1 - (column - left)), (left + 1, column - left)):
             inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
-            at = (image + i.clamp(0, height - 1).long()) * width + j.clamp(0, width - 1).long()
-            corner = tokens.index_select(0, (at * groups + group).flatten()).view(*at.shape, -1)
+            # Clamped as integers, so that a NaN reads some token, and its NaN weight does the rest.
+            at = (image + i.long().clamp(0, height - 1)) * width + j.long().clamp(0, width - 1)
+            corner = tokens.index_select(0, (at * groups + group).flatten()).view(*at.shape, channels // groups)
             out = out + corner * (row_weight * column_weight * inside).unsqueeze(-1)
     return out.flatten(3).to(x.dtype)
 
@@ -114,7 +117,7 @@ def position_bias(points: Tensor, bias_table: Tensor, grid_size: tuple[int, int]
     half_displacement = 0.5 * queries - 0.5 * points.transpose(0, 1).unsqueeze(2)
     tables = bias_table.to(points.dtype).unflatten(0, (groups, -1))
     bias = F.grid_sample(tables, half_displacement.flatten(1, 2), align_corners=True)
-    return bias.view(-1, batch, height * width, count).transpose(0, 1)
+    return bias.view(bias_table.shape[0], batch, height * width, count).transpose(0, 1)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int], scale: float) -> Tensor:
@@ -133,11 +136,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, 
         raise ValueError(f"expected q (B, H, N, D), k and v (B, H, M, D), points (B, G, M, 2), bias_table (H, rows, columns); got {shapes}")
     if k.shape[:-1] != v.shape[:-1] or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q, k and v must agree in B and H, q and k in D, and k and v in M; got {shapes}")
-    if (points.shape[0], points.shape[2], points.shape[3]) != (k.shape[0], k.shape[2], 2) or q.shape[1] % points.shape[1]:
+    if (
+        (points.shape[0], points.shape[2], points.shape[3]) != (k.shape[0], k.shape[2], 2)
+        or not points.shape[1]
+        or q.shape[1] % points.shape[1]
+    ):
         raise ValueError(f"points must be (B, G, M, 2) with the B and M of k, and G dividing the heads; got {shapes}")
-    if bias_table.shape[0] != q.shape[1]:
-        raise ValueError(f"bias_table must hold one table for each of the {q.shape[1]} heads; got {shapes}")
-    if len(grid_size) != 2 or grid_size[0] * grid_size[1] != q.shape[2]:
+    if bias_table.shape[0] != q.shape[1] or not (bias_table.shape[1] % 2 and bias_table.shape[2] % 2):
+        raise ValueError(f"bias_table must hold one table of odd height and width for each of the {q.shape[1]} heads; got {shapes}")
+    if not (points.is_floating_point() and bias_table.is_floating_point()):
+        raise ValueError(f"points and bias_table must be floating-point; got {points.dtype}, {bias_table.dtype}")
+    if not isinstance(grid_size, tuple) or len(grid_size) != 2 or min(grid_size) < 1 or grid_size[0] * grid_size[1] != q.shape[2]:
         raise ValueError(f"grid_size={grid_size} does not hold the {q.shape[2]} queries of q")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must share one floating-point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")

@@ -24,7 +24,8 @@ def routed_attention(
         q: Queries (B, H, R, T, D).
         k: Keys (B, H, R', T', D).
         v: Values (B, H, R', T', E); E = D in every model, another width where the weights themselves are wanted.
-        routes: Indices (B, R, K) of key regions, int64, from 0 to R' - 1; a region listed twice counts twice.
+        routes: Indices (B, R, K) of key regions, int64, from 0 to R' - 1. A region listed twice counts twice; as many routes as there are
+            regions must list every region.
         scale: Factor on the dot products; D ** -0.5 where it is None.
         route_weights: Soft routing, (B, R, K): the keys and values of a route are multiplied by its weight. None for hard routing.
         backend: "auto", "eager" (gathers whole regions, dense attention where all regions are routed to) or "reference".
@@ -34,7 +35,8 @@ def routed_attention(
 
     Raises:
         ValueError: If the shapes, dtypes or devices do not fit together, or the backend is unknown.
-        IndexError: If a route is not a region. Not checked on an accelerator and under compilation, where looking would stall it.
+        IndexError: If a route is not a region, or K = R' routes leave one out. Not checked on an accelerator and under compilation, where
+            looking would stall the work.
     """
     _check(q, k, v, routes, route_weights)
     if backend not in BACKENDS:
@@ -59,7 +61,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, scale: float, route_
         chosen = x.permute(0, 2, 3, 1, 4).flatten(2).flatten(0, 1).index_select(0, rows)
         if route_weights is not None:
             chosen = chosen * route_weights.flatten().unsqueeze(-1).to(chosen.dtype)
-        return chosen.view(batch * regions, -1, heads, x.shape[-1]).transpose(1, 2)
+        return chosen.view(batch * regions, routes.shape[-1] * x.shape[3], heads, x.shape[-1]).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(q.transpose(1, 2).flatten(0, 1), gathered(k), gathered(v), scale=scale)
     return out.unflatten(0, (batch, regions)).transpose(1, 2)
@@ -90,3 +92,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tenso
         low, high = (int(bound) for bound in torch.aminmax(routes))
         if low < 0 or high >= k.shape[2]:
             raise IndexError(f"routes from {low} to {high} leave the {k.shape[2]} key regions")
+        if routes.shape[2] == k.shape[2] and not torch.equal(routes.sort(dim=-1).values, torch.arange(k.shape[2]).expand_as(routes)):
+            raise IndexError(f"{routes.shape[2]} routes to {k.shape[2]} key regions must list each region once")

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
-from ..models.checkpoints import read_checkpoint, to_our_names
+from ..models.checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..models.pyramid import Pyramid
 from ..nearest import did_you_mean
 
@@ -32,7 +32,10 @@ def create_model(name: str, num_classes: int, pretrained: bool | str = False, **
     """
     if ":" not in name and not timm.is_model(name):
         raise ValueError(f"model={name!r} is unknown to timm: {did_you_mean(name, timm.list_models())}")
-    model = timm.create_model(name, pretrained=pretrained is True, num_classes=num_classes, **model_args)
+    try:
+        model = timm.create_model(name, pretrained=pretrained is True, num_classes=num_classes, **model_args)
+    except (RuntimeError, TypeError) as error:  # weights that are nowhere, arguments that the constructor does not have
+        raise ValueError(f"model={name!r} with pretrained={pretrained!r} and model_args={model_args}: {error}") from error
     if isinstance(pretrained, str):
         load_weights(model, pretrained)
     return model
@@ -51,11 +54,11 @@ def load_weights(model: nn.Module, path: str) -> None:
     prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     try:
         if isinstance(model, Pyramid):
-            weights = to_our_names(weights)
+            weights = checkpoint_filter_fn(weights, model)
         elif from_published_names is not None:
             weights = from_published_names(weights, model)
         for key, value in model.state_dict().items():
-            if key.startswith(prefixes) and key in weights and weights[key].shape != value.shape:
+            if key.startswith(prefixes) and (key not in weights or weights[key].shape != value.shape):
                 weights[key] = value
         model.load_state_dict(weights)
     except (KeyError, RuntimeError) as mismatch:  # timm's filters stumble over foreign names

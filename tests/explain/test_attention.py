@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import timm
 import torch
 
 from debiformer.explain import tracing
 from debiformer.layers import BiLevelRoutingAttention, DeformableBiLevelRoutingAttention
+from debiformer.ops import reference
 
 
 def layers():
@@ -29,8 +32,7 @@ def test_tracing_changes_nothing_and_finds_every_routing_layer():
 
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])
-def test_weights_are_those_of_the_forward_pass(index, size):
-    """A pixel changes a query's output exactly where the traced attention gives it weight, as far as routing is concerned."""
+def test_attention_lies_on_the_routed_regions_alone(index, size):
     torch.manual_seed(index)
     layer = torch.nn.ModuleList([layers()[index]]).eval()[0]
     x = torch.randn(1, *size, 8)
@@ -62,27 +64,38 @@ def test_weights_reproduce_the_output_of_the_layer():
     torch.testing.assert_close(layer.proj(mixed[None] + layer.local_context(v)), y)
 
 
-def test_composed_attention_of_the_deformable_layer():
-    """With zero offsets and one agent for the whole grid cell structure known, composing by hand gives the same map."""
+@pytest.mark.parametrize(("size", "stride", "groups"), [((4, 6), 1, 1), ((5, 7), 2, 2), ((3, 4), 2, 1)])
+def test_composed_attention_of_the_deformable_layer(size, stride, groups):
+    """Both levels written out with dense weights, padding of map and agents included, for the second image of a batch."""
     torch.manual_seed(0)
-    layer = DeformableBiLevelRoutingAttention(8, 2, (2, 2), 2, point_stride=1, offset_kernel_size=3, offset_groups=1, bias_grid=4)
-    x = torch.randn(1, 4, 4, 8)
+    grid = (2, 3)
+    layer = DeformableBiLevelRoutingAttention(
+        8, 2, grid, 2, point_stride=stride, offset_kernel_size=3, offset_groups=groups, bias_grid=4
+    ).double()
     with tracing(torch.nn.Sequential(layer)) as traces:
-        layer(x)
+        layer(torch.randn(2, *size, 8, dtype=torch.float64))
     (trace,) = traces.values()
-    to_agents = trace.point_weights()[0]
-    torch.testing.assert_close(to_agents.sum(-1), torch.ones(16))
-    q, k, routes = (trace.routed[n] for n in ("q", "k", "routes"))
-    agents = torch.zeros(16, 4, 4)
-    for region in range(4):
-        logits = trace.routed["scale"] * q[0, :, region] @ k[0][:, routes[0, region]].flatten(1, 2).transpose(-1, -2)
-        weights = logits.softmax(-1).mean(0)  # (4 agents, 2 regions x 4 tokens)
-        for t in range(4):
-            agent = (region // 2 * 2 + t // 2) * 4 + region % 2 * 2 + t % 2
-            for j, target in enumerate(routes[0, region].tolist()):
-                rows, cols = slice(target // 2 * 2, target // 2 * 2 + 2), slice(target % 2 * 2, target % 2 * 2 + 2)
-                agents[agent, rows, cols] = weights[t, 4 * j : 4 * j + 4].view(2, 2)
-    torch.testing.assert_close(trace.attention(2, 1), torch.einsum("a,ahw->hw", to_agents[2 * 4 + 1], agents))
+    call = trace.deformable
+    bias = reference.position_bias(call["points"], call["bias_table"], call["grid_size"])
+    to_agents = (call["scale"] * call["q"] @ call["k"].transpose(-1, -2) + bias).softmax(-1)[1].mean(0)
+    q, k, routes = (trace.routed[name][1] for name in ("q", "k", "routes"))
+    regions = []
+    for region in range(6):
+        mask = torch.full((6,), float("-inf"), dtype=torch.float64)
+        mask[routes[region]] = 0
+        logits = trace.routed["scale"] * q[:, region] @ k.flatten(1, 2).transpose(-1, -2)
+        regions.append((logits + mask.repeat_interleave(k.shape[2])).softmax(-1).mean(0))
+    stacked = torch.stack(regions)[None]  # (1, R, agents of a region, tokens of all regions)
+    agent_grid = [math.ceil(n / stride) for n in trace.padded]
+    padded_agents = [math.ceil(n / g) * g for n, g in zip(agent_grid, grid, strict=True)]
+    agents = reference.merge(stacked, grid, tuple(padded_agents))[0].flatten(0, 1)
+    for row, column in [(0, 0), (size[0] - 1, size[1] - 1), (1, 2)]:
+        on_tokens = to_agents[row * trace.padded[1] + column] @ agents
+        expected = reference.merge(on_tokens.view(1, 6, -1, 1), grid, trace.padded)[0, : size[0], : size[1], 0]
+        torch.testing.assert_close(trace.attention(row, column, image=1), expected)
+    height, width = trace.agents
+    expected = to_agents.mean(0).view(padded_agents)[:height, :width]
+    torch.testing.assert_close(trace.importance(image=1), expected)
 
 
 def test_points_start_from_cell_centres_and_move_by_the_offsets():
@@ -105,5 +118,19 @@ def test_bad_queries_say_what_is_valid():
     (trace,) = traces.values()
     with pytest.raises(ValueError, match=r"query \(4, 0\) is not on the 4x6 map of 0"):
         trace.attention(4, 0)
-    with pytest.raises(ValueError, match="0 has no points: it is a BiLevelRoutingAttention"):
-        trace.points()
+    for image in (1, -1):
+        with pytest.raises(ValueError, match=rf"image {image} is not one of the 1 traced in 0"):
+            trace.attention(0, 0, image)
+    for question in (trace.points, trace.importance):
+        with pytest.raises(ValueError, match=r"0 has no (points|agents): it is a BiLevelRoutingAttention"):
+            question()
+
+
+def test_a_trace_stays_true_when_the_layer_changes():
+    layer = layers()[0]
+    with tracing(torch.nn.Sequential(layer)) as traces:
+        layer(torch.randn(1, 4, 6, 8))
+    (trace,) = traces.values()
+    before = trace.attention(1, 2)
+    layer.set_region_grid(4)
+    assert torch.equal(trace.attention(1, 2), before)

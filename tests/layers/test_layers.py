@@ -117,6 +117,11 @@ def test_every_parameter_gets_a_gradient():
         assert [n for n, p in layer.named_parameters() if p.grad is None] == []
 
 
+def test_an_empty_batch_stays_empty():
+    for layer in [*both(), FullAttention(8, 2)]:
+        assert layer(torch.zeros(0, 4, 6, 8)).shape == (0, 4, 6, 8)
+
+
 def test_padding_takes_part_as_published():
     """A map that the grid does not divide equals the zero-padded map, cropped."""
     layer = BiLevelRoutingAttention(8, 2, (2, 3), 2)
@@ -130,6 +135,9 @@ def test_bad_arguments_name_the_numbers():
         (dict(dim=8, num_heads=2, region_grid=2, topk=5), r"topk=5 is not between 1 and the 4 regions of region_grid=\(2, 2\)"),
         (dict(dim=8, num_heads=2, region_grid=2, topk=0), "topk=0"),
         (dict(dim=8, num_heads=2, region_grid=(2, 0)), r"region_grid=\(2, 0\)"),
+        (dict(dim=8, num_heads=0), "num_heads=0 is not a positive integer"),
+        (dict(dim=8, num_heads=2, topk=2.0), "topk=2.0 is not a positive integer"),
+        (dict(dim=8, num_heads=2, backend="fast"), "backend='fast' is not one of auto, eager, reference"),
         (dict(dim=8, num_heads=2, layout="CHW"), "layout='CHW' is neither 'NHWC' nor 'NCHW'"),
     ]
     for kwargs, message in bad:
@@ -140,6 +148,11 @@ def test_bad_arguments_name_the_numbers():
         (dict(offset_groups=3), "offset_groups=3 does not divide num_heads=2"),
         (dict(offset_kernel_size=4), "offset_kernel_size=4 is even"),
         (dict(offset_channels=3), "offset_channels=3"),
+        (dict(offset_groups=0), "offset_groups=0 is not a positive integer"),
+        (dict(point_stride=0), "point_stride=0 is not a positive integer"),
+        (dict(offset_kernel_size=-3), "offset_kernel_size=-3 is not a positive integer"),
+        (dict(bias_grid=0), "bias_grid=0 is not a positive integer or a pair"),
+        (dict(agent_mlp_ratio=-1), "mlp ratio=-1 is not above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             DeformableBiLevelRoutingAttention(8, 2, **kwargs)

@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+from collections import defaultdict, deque
 
 import pytest
 import safetensors.torch
@@ -38,6 +39,14 @@ class Config:
         return (Config, ())
 
 
+class Settings(dict):
+    """Stands for mmcv's ConfigDict: a dictionary of a foreign class."""
+
+
+class Steps(list):
+    """A list of a foreign class."""
+
+
 class Trap:
     """Runs code when unpickled."""
 
@@ -45,12 +54,22 @@ class Trap:
         return (exec, ("import builtins; builtins.debiformer_trap = True",))
 
 
-@pytest.mark.parametrize("extra", [{}, {"args": argparse.Namespace(lr=0.1)}, {"args": Config(), "epoch": 3}, {"args": Trap()}])
-def test_files_as_published_load_and_run_no_code(tmp_path, tiny, extra):
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"args": argparse.Namespace(lr=0.1)},
+        {"args": Config(), "epoch": 3},
+        {"args": Trap()},
+        {"meta": Settings(a=Steps([1]), b=defaultdict(int, c=deque([2])))},
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_as_published_load_and_run_no_code(tmp_path, tiny, extra, zipped):
     import builtins
 
     path = tmp_path / "debi_tiny.pth"
-    torch.save({"model": TINY.state_dict, "optimizer": {"state": {0: {"step": 1}}}, **extra}, path)
+    torch.save({"model": TINY.state_dict, "optimizer": {"state": {0: {"step": 1}}}, **extra}, path, _use_new_zipfile_serialization=zipped)
     model = timm.create_model("debiformer_tiny")
     report = debiformer.load_published(path, model)
     assert same(model, tiny)
@@ -81,6 +100,22 @@ def test_distributed_prefixes_and_our_own_files(tmp_path, tiny):
     again = timm.create_model("debiformer_tiny")
     debiformer.load_published(path, again)
     assert same(again, tiny)
+
+
+def test_checkpoints_of_our_own_runs_load(tmp_path, tiny):
+    path = tmp_path / "best.ckpt"
+    torch.save({"state_dict": {f"model.{name}": value for name, value in tiny.items()}, "hyper_parameters": {"lr": 0.1}}, path)
+    model = timm.create_model("debiformer_tiny")
+    debiformer.load_published(path, torch.nn.DataParallel(model))
+    assert same(model, tiny)
+
+
+def test_stages_that_features_only_dropped_are_left_behind(tiny):
+    model = timm.create_model("debiformer_tiny", features_only=True, out_indices=(0, 1))
+    report = debiformer.load_published(TINY.state_dict, model)
+    assert same(model.model, tiny)
+    assert {name.split(".")[0] for name in report.left_behind} == {"stages", "norm", "head"}
+    assert {name.split(".")[1] for name in report.left_behind if name.startswith("stages")} == {"2", "3"}
 
 
 @pytest.mark.parametrize("case", ["biformer_tiny", "biformer_stl"])
@@ -162,6 +197,19 @@ def test_pretrained_from_a_file_adapts_classes_and_channels(tmp_path, tiny):
     assert all(torch.equal(v, tiny[n]) for n, v in dense.model.state_dict().items() if not n.startswith("feature_norms"))
     with pytest.raises(ValueError, match=r"stages\.3\.blocks\.5\.mixer\.bias_table"):  # timm alone would keep random weights there
         timm.create_model("debiformer_small", num_classes=7, **source)
+
+
+def test_a_classifier_of_the_files_own_width_is_kept(tmp_path, caplog):
+    trained = timm.create_model("debiformer_nano", num_classes=10)
+    safetensors.torch.save_file(trained.state_dict(), tmp_path / "ten.safetensors")
+    source = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "ten.safetensors")))
+    assert same(timm.create_model("debiformer_nano", num_classes=10, **source), trained.state_dict())
+    assert timm.create_model("debiformer_nano", num_classes=4, **source).get_classifier().weight.shape == (4, 192)
+    headless = {name: value for name, value in trained.state_dict().items() if not name.startswith("head.")}
+    safetensors.torch.save_file(headless, tmp_path / "ten.safetensors")
+    with caplog.at_level(logging.WARNING):
+        timm.create_model("debiformer_nano", num_classes=10, **source)
+    assert "the checkpoint has no classifier" in caplog.text
 
 
 def test_pretrained_from_a_hub_download(tmp_path, tiny, monkeypatch):

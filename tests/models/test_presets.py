@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from goldens import Golden
 from torch.utils.flop_counter import FlopCounterMode
 
 PUBLISHED = {  # parameters, and MACs at 224: half of what torch.utils.flop_counter counts for the published code
@@ -29,6 +30,20 @@ def test_parameters_and_macs_are_those_of_the_published_code(name):
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, 224, 224))
     assert (sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("debiformer_tiny", "debi_cls_tiny"),
+        ("debiformer_small", "debi_cls_small"),
+        ("biformer_tiny", "biformer_tiny"),
+        ("biformer_stl", "biformer_stl"),
+    ],
+)
+def test_macs_agree_with_those_recorded_with_the_golden_vectors(name, case):
+    recorded = Golden(case).meta["macs_by_operator"]
+    assert PUBLISHED[name][1] == sum(recorded.get(operator, 0) for operator in ("conv", "linear", "matmul", "einsum", "bmm"))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -169,6 +184,23 @@ def test_decay_and_layer_groups():
     assert [by_name[n] for n in order] == sorted(by_name[n] for n in order)
     assert len({by_name[n] for n in order}) == len(order)
     assert by_name["head.fc.weight"] == 1
+
+
+def test_wrong_arguments_are_named():
+    for kwargs in (dict(drop_path_rate=1.0), dict(drop_path_rate=-0.1), dict(num_classes=-1), dict(in_chans=0)):
+        with pytest.raises(ValueError, match="=".join(map(str, *kwargs.items()))):
+            nano(**kwargs)
+    with pytest.raises(ValueError, match="no classifier of 5 classes for a dense backbone"):
+        nano(feature_norms=True, num_classes=0).reset_classifier(5)
+
+
+@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny"])
+def test_an_empty_batch_gives_no_logits(name):
+    assert timm.create_model(name, num_classes=3).eval()(torch.zeros(0, 3, 64, 64)).shape == (0, 3)
+
+
+def test_pixels_that_are_not_numbers_give_logits_that_are_not():
+    assert nano(num_classes=3)(torch.full((1, 3, 64, 64), float("nan"))).isnan().all()
 
 
 def test_wrong_images_are_named():

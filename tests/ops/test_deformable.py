@@ -47,6 +47,14 @@ def test_samples_are_bilinear(backend, size, groups, grid):
         assert samples[b, i, j, c].item() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_points_that_are_not_finite_give_values_that_are_not(bad):
+    points = torch.tensor([[0.0, 0.0], [bad, 0.0]]).view(1, 1, 1, 2, 2)
+    samples = sample_points(torch.ones(1, 3, 3, 2), points)
+    assert samples[0, 0, 0].tolist() == [1, 1]
+    assert not samples[0, 0, 1].isfinite().any()
+
+
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 def test_sample_gradients(backend):
     x = torch.randn(2, 4, 5, 4, dtype=torch.float64, requires_grad=True)
@@ -149,9 +157,14 @@ def test_bad_input_names_the_problem():
         ((q, k, v[:, :, :2], points, table, size), "k and v in M"),
         ((q[..., :2], k, v, points, table, size), "q and k in D"),
         ((q, k, v, points[:, :, :3], table, size), r"points must be \(B, G, M, 2\)"),
-        ((q, k, v, points, table[:1], size), "one table for each of the 2 heads"),
+        ((q, k, v, points, table[:1], size), "one table of odd height and width for each of the 2 heads"),
         ((q, k, v, points, table, (2, 4)), r"grid_size=\(2, 4\) does not hold the 6 queries"),
         ((q.float(), k, v, points, table, size), r"float32, torch\.float64"),
+        ((q, k, v, points[:, :0], table, size), "G dividing the heads"),
+        ((q, k, v, points, table[:, :4], size), "one table of odd height"),
+        ((q, k, v, points.long(), table, size), r"points and bias_table must be floating-point; got torch\.int64"),
+        ((q, k, v, points, table, 6), "grid_size=6 does not hold the 6 queries"),
+        ((q, k, v, points, table, (-2, -3)), "does not hold the 6 queries"),
     ]
     for arguments, message in bad:
         with pytest.raises(ValueError, match=message):
@@ -161,5 +174,9 @@ def test_bad_input_names_the_problem():
     x = torch.zeros(2, 4, 4, 3)
     with pytest.raises(ValueError, match=r"expected x \(B, H, W, C\) and points \(B, G, h, w, 2\)"):
         sample_points(x, torch.zeros(1, 1, 2, 2, 2))
+    with pytest.raises(ValueError, match=r"x and points must be floating-point on one device; got torch\.int64"):
+        sample_points(x.long(), torch.zeros(2, 1, 2, 2, 2))
+    with pytest.raises(ValueError, match="the 0 groups of points do not divide"):
+        sample_points(x, torch.zeros(2, 0, 2, 2, 2))
     with pytest.raises(ValueError, match="the 2 groups of points do not divide the 3 channels"):
         sample_points(x, torch.zeros(2, 2, 2, 2, 2))

@@ -39,9 +39,14 @@ def test_a_map_that_fits_is_not_copied():
 def test_bad_input_names_the_numbers():
     with pytest.raises(ValueError, match=r"5x6 map has no 2x3 grid"):
         partition(torch.zeros(1, 5, 6, 1), (2, 3))
-    with pytest.raises(ValueError, match=r"6 regions of 4 tokens are not a 2x3 grid over a 4x4 map"):
-        merge(torch.zeros(1, 6, 4, 1), (2, 3), (4, 4))
-    for grid in (0, (1, 2, 3), (2, -1), (2.0, 1)):
+    with pytest.raises(ValueError, match=r"6 regions of 4 tokens are not a 2x3 grid over a 4x3 map"):
+        merge(torch.zeros(1, 6, 4, 1), (2, 3), (4, 3))
+    for broken in (lambda: merge(torch.zeros(1, 6, 4, 1), (2, 3), (6, 4)), lambda: region_means(torch.zeros(1, 5, 4, 1), (2, 1))):
+        with pytest.raises(ValueError, match="grid of equal regions"):
+            broken()
+    for grid in (0, (1, 2, 3), (2, -1), (2.0, 1), 7.0, True, torch.tensor(7), None):
         with pytest.raises(ValueError, match="region_grid"):
             as_grid(grid)
+    with pytest.raises(ValueError, match="bias_grid=0"):
+        as_grid(0, "bias_grid")
     assert as_grid(7) == (7, 7)

@@ -78,9 +78,9 @@ def test_identity_values_give_the_weights(backend, topk):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_region_routed_to_twice_counts_twice(backend):
-    q, k, v, _ = random_case(1, 1, 1, 2, 2, 2, topk=1)
+    q, k, v, _ = random_case(1, 1, 1, 2, 4, 2, topk=1)
     twice = routed_attention(q, k, v, torch.tensor([[[0, 0, 1]]]), backend=backend)
-    k3, v3 = (torch.cat([x[:, :, :1], x[:, :, :1], x[:, :, 1:]], dim=2) for x in (k, v))
+    k3, v3 = (x[:, :, [0, 0, 1]] for x in (k, v))
     torch.testing.assert_close(twice, routed_attention(q, k3, v3, torch.tensor([[[0, 1, 2]]]), backend="reference"))
 
 
@@ -121,6 +121,7 @@ def test_bad_input_names_the_problem():
         ((q, k, v, routes[..., :0]), ValueError, "K of at least 1"),
         ((q, k, v, routes + 2), IndexError, "leave the 4 key regions"),
         ((q, k, v, routes - 4), IndexError, "leave the 4 key regions"),
+        ((q, k, v, torch.zeros(2, 4, 4, dtype=torch.int64)), IndexError, "4 routes to 4 key regions must list each region once"),
     ]
     for arguments, error, message in bad:
         with pytest.raises(error, match=message):
