@@ -1,5 +1,6 @@
 """Regions: a feature map cut into a grid of equal rectangles, the unit that routing works on."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,9 +29,12 @@ def pad_to_grid(x: Tensor, grid: Grid) -> Tensor:
     Returns:
         The map (B, H', W', C) with H' and W' the next multiples of the grid; `x` itself where it already fits.
     """
-    rows, cols = grid
-    below, right = -x.shape[1] % rows, -x.shape[2] % cols
-    return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+    (height, width), (rows, cols) = x.shape[1:3], grid
+    below, right = (height + rows - 1) // rows * rows - height, (width + cols - 1) // cols * cols - width
+    # A compiled or exported graph pads whatever the size, so that it serves every size.
+    if torch.compiler.is_compiling() or below or right:
+        return F.pad(x, (0, 0, 0, right, 0, below))
+    return x
 
 
 def partition(x: Tensor, grid: Grid) -> Tensor:
@@ -39,9 +43,8 @@ def partition(x: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueError: If `grid` does not divide the map; `pad_to_grid` makes it so.
     """
-    rows, cols = grid
-    _check_divides(grid, (x.shape[1], x.shape[2]))
-    return x.unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    (rows, cols), (h, w) = grid, region_size(grid, (x.shape[1], x.shape[2]))
+    return x.unflatten(2, (cols, w)).unflatten(1, (rows, h)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def merge(regions: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
@@ -50,13 +53,12 @@ def merge(regions: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: If `regions` is not a `grid` of equal regions of a map of that size.
     """
-    (rows, cols), (height, width) = grid, size
-    _check_divides(grid, size)
-    if regions.shape[1] != rows * cols or regions.shape[1] * regions.shape[2] != height * width:
+    (rows, cols), (h, w) = grid, region_size(grid, size)
+    if regions.shape[1] != rows * cols or regions.shape[2] != h * w:
         raise ValueError(
-            f"{regions.shape[1]} regions of {regions.shape[2]} tokens are not a {rows}x{cols} grid over a {height}x{width} map"
+            f"{regions.shape[1]} regions of {regions.shape[2]} tokens are not a {rows}x{cols} grid over a {size[0]}x{size[1]} map"
         )
-    tiles = regions.unflatten(2, (height // rows, width // cols)).unflatten(1, (rows, cols))
+    tiles = regions.unflatten(2, (h, w)).unflatten(1, (rows, cols))
     return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -68,12 +70,19 @@ def region_means(x: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueError: If `grid` does not divide the map.
     """
-    _check_divides(grid, (x.shape[1], x.shape[2]))
-    window = (x.shape[1] // grid[0], x.shape[2] // grid[1])
+    window = region_size(grid, (x.shape[1], x.shape[2]))
+    if torch.compiler.is_compiling():  # pooling would tie the graph to this size
+        return partition(x, grid).mean(2)
     return F.avg_pool2d(x.permute(0, 3, 1, 2), window).flatten(2).transpose(1, 2)
 
 
-def _check_divides(grid: Grid, size: tuple[int, int]) -> None:
+def region_size(grid: Grid, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the regions of a map.
+
+    Raises:
+        ValueError: If `grid` does not divide the map.
+    """
     (rows, cols), (height, width) = grid, size
     if height % rows or width % cols:
         raise ValueError(f"a {height}x{width} map has no {rows}x{cols} grid of equal regions: pad_to_grid(x, {grid}) first")
+    return height // rows, width // cols
