@@ -260,7 +260,8 @@ class TestPredict:
         assert [Path(row["file"]).name for row in rows] == ["a [red].png", "b.jpg", "c.png", "d,blue.png"]
         assert [row["label"] for row in rows] == ["red", "", "", "blue"]
         assert [bool(row["error"]) for row in rows] == [False, True, True, False]
-        assert "b.jpg" in rows[1]["error"]
+        assert "b.jpg" in rows[1]["file"]
+        assert "b.jpg" not in rows[1]["error"]
         assert 1 >= float(rows[0]["probability"]) > float(rows[0]["probability_2"]) >= 0
         screen = capsys.readouterr()
         assert "[red]" in screen.out.replace("\n", "").replace(" ", "")
@@ -273,7 +274,7 @@ class TestPredict:
         output = tmp_path_factory.mktemp("out") / "labels.jsonl"
         assert main(["predict", *self.CHECKPOINT, str(mixed), "--output", str(output)]) == 0
         first, bad, *_ = map(json.loads, output.read_text().splitlines())
-        assert (bad["predictions"], "b.jpg" in bad["error"]) == ([], True)
+        assert (bad["predictions"], "b.jpg" in bad["file"], bool(bad["error"])) == ([], True, True)
         task = load_classifier(Path("runs/small/checkpoints/best.ckpt"))
         probabilities = task(eval_transform(32)(read_image(mixed / "a [red].png"))[None]).softmax(-1)[0]
         found = {guess["label"]: guess["probability"] for guess in first["predictions"]}

@@ -84,7 +84,9 @@ def run(command: str, arguments: list[str]) -> "TrainingCLI":
             raise ValueError(f"debiformer {command} needs --ckpt_path: the best.ckpt or last.ckpt of a run")
         if command != "fit":
             read_hyperparameters(Path(given.ckpt_path))
-            given.config = given.config or [str(config_of_run(Path(given.ckpt_path)))]
+            if not given.config:  # a run that trained on part of the images is tested on all, unless the line says otherwise
+                given.config = [str(config_of_run(Path(given.ckpt_path)))]
+                rest = ["--trainer.limit_val_batches=null", "--trainer.limit_test_batches=null", *rest]
         if not given.config:
             raise ValueError(f"debiformer fit needs --config: a recipe ({', '.join(known_recipes())}) or a YAML file")
     recipes = [find_recipe(name) for name in given.config]
@@ -147,7 +149,6 @@ class TrainingCLI(LightningCLI):
             for name in ("model", "model_args", "drop_path_rate"):
                 config.model[name] = hparams[name]
             config.model.pretrained = False
-            config.trainer.limit_val_batches = config.trainer.limit_test_batches = None  # a run on part of the images is tested on all
             return
         if config.ckpt_path == "last":
             config.ckpt_path = str(self.folder / "checkpoints" / "last.ckpt")

@@ -121,7 +121,7 @@ def draw_detections(axes: Axes, image: Image, boxes: Sequence[tuple], labels: Se
         if label != truth:
             axes.plot([x0, x1, x0, x1], [y0, y1, np.nan, np.nan], color="black", linewidth=1.2)
             axes.plot([x0, x1], [y1, y0], color="black", linewidth=1.2)
-            axes.text((x0 + x1) / 2, y0 - 4, f"is {truth}", ha="center", fontsize=8, color="black")
+            axes.text((x0 + x1) / 2, max(y0 - 4, 14), f"is {truth}", ha="center", fontsize=8, color="black")
     axes.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
 
 

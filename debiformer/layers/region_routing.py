@@ -1,5 +1,7 @@
 """What the routing layers share: regions, routes, heads and layout."""
 
+from numbers import Integral
+
 from torch import Tensor, nn
 
 from ..ops.regions import Grid, as_grid, merge, partition, region_means
@@ -10,7 +12,7 @@ from ..ops.routing import route
 def check_positive(**arguments: int) -> None:
     """Raise a ValueError that names the first argument that is not a positive integer."""
     for name, value in arguments.items():
-        if type(value) is not int or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive integer")
 
 

@@ -46,6 +46,8 @@ def missing_weights(name: str) -> str:
 class Inert:
     """Stands in for every object of a checkpoint that is not part of a tensor; takes whatever it is given, and does nothing with it."""
 
+    dump_patches = False  # torch's old format asks this of pickled modules
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
         return object.__new__(cls)
 
@@ -68,6 +70,9 @@ class TensorUnpickler(pickle.Unpickler):
             "torch._utils._rebuild_parameter",
             "torch._utils._rebuild_tensor",
             "torch._utils._rebuild_tensor_v2",
+            "torch._utils._rebuild_tensor_v3",
+            "torch.storage.UntypedStorage",
+            *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
             *(f"torch.{name}Storage" for name in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")),
         }
     )
@@ -97,11 +102,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        # The unpickler is stricter than weights_only=True, which refuses a file for the objects that we leave out.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_tensor_pickle)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, safetensors.SafetensorError) as error:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # there are other objects in it; torch refuses TorchScript archives with another error
+            checkpoint = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_tensor_pickle)
+    except Exception as error:  # the bytes of a damaged file can mean anything
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path} is not a readable checkpoint ({error}); if it was downloaded, compare its size with the original"
+            f"{path} is not a readable checkpoint ({reason}); if it was downloaded, compare its size with the original"
         ) from error
     return find_tensors(checkpoint, str(path))
 
@@ -195,7 +203,7 @@ def to_our_names(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Of a segmentation or detection checkpoint only the backbone is taken, of one that this library trained only the model.
     """
-    tensors = {re.sub(r"^(?:module\.|model\.)+", "", key): value for key, value in find_tensors(checkpoint).items()}
+    tensors = {re.sub(r"^(?:module\.|model\.|_orig_mod\.)+", "", key): value for key, value in find_tensors(checkpoint).items()}
     if any(key.startswith("backbone.") for key in tensors):
         others = sorted({key.split(".")[0] for key in tensors if not key.startswith("backbone.")})
         if others:
@@ -231,8 +239,8 @@ def load_published(source: str | Path | Mapping[str, Any], model: nn.Module) -> 
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, or anything else is missing, unexpected or mis-shaped; every name is listed, and nothing loaded.
     """
-    for wrapped in ("_orig_mod", "module"):  # torch.compile, distributed training
-        model = getattr(model, wrapped, model)
+    while (wrapped := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:  # torch.compile, distributed training
+        model = wrapped
     backbone = model.model if isinstance(model, FeatureGetterNet) else model
     given = to_our_names(source if isinstance(source, Mapping) else read_checkpoint(source))
     report = _check(given, backbone, "the state dict" if isinstance(source, Mapping) else str(source))
@@ -248,9 +256,12 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     """
     given = to_our_names(checkpoint)
     report = _check(given, model, "the pretrained checkpoint", adapted=("head.fc.weight", "head.fc.bias", "stem.0.weight"))
-    if "head.fc.weight" not in given and "head.fc.weight" in model.state_dict():
+    own = model.state_dict()
+    if "head.fc.weight" not in given and "head.fc.weight" in own:
         _logger.warning("the checkpoint has no classifier: that of the model is at its start")
-    return {name: value for name, value in given.items() if name not in report.left_behind or name.startswith("head.")}
+        report.at_start.extend(("head.fc.weight", "head.fc.bias"))
+    kept = {name: value for name, value in given.items() if name not in report.left_behind or name.startswith("head.")}
+    return kept | {name: own[name] for name in report.at_start}
 
 
 def compare(given: Mapping[str, Tensor], model: nn.Module, adapted: tuple[str, ...] = ()) -> tuple[dict[str, list[str]], LoadReport]:
@@ -267,7 +278,8 @@ def compare(given: Mapping[str, Tensor], model: nn.Module, adapted: tuple[str, .
     at_start: list[str] = []
     if headless:
         kept = {name.split(".")[1] for name in wanted if name.startswith("stages.")}
-        left_behind = [name for name in given if name.startswith(("stages.", "feature_norms.")) and name.split(".")[1] not in kept]
+        dropped = {str(i) for i in range(len(getattr(model, "feature_info", ())))} - kept
+        left_behind = [name for name in given if name.startswith(("stages.", "feature_norms.")) and name.split(".")[1] in dropped]
     if any(name.startswith("head.") for name in given) and not any(name.startswith("feature_norms.") for name in given):
         left_behind += [name for name in given if headless and name not in wanted and name.startswith(("head.", "norm."))]
         at_start = [name for name in wanted if (headless or adapted) and name.startswith("feature_norms.")]

@@ -261,6 +261,8 @@ def create(model_class: type[Pyramid], name: str, stages: tuple[Stage, ...], pre
         cfg.state_dict = to_our_names(read_checkpoint(cfg.file))
         if "head.fc.weight" in cfg.state_dict:  # timm drops a classifier that is not of this width
             cfg.num_classes = len(cfg.state_dict["head.fc.weight"])
+    if kwargs.get("features_only"):
+        kwargs.setdefault("num_classes", 0)  # so that dense checkpoints fit before timm prunes the model
     model = build_model_with_cfg(
         model_class,
         name,

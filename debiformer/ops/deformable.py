@@ -146,7 +146,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, 
         raise ValueError(f"bias_table must hold one table of odd height and width for each of the {q.shape[1]} heads; got {shapes}")
     if not (points.is_floating_point() and bias_table.is_floating_point()):
         raise ValueError(f"points and bias_table must be floating-point; got {points.dtype}, {bias_table.dtype}")
-    if not isinstance(grid_size, tuple) or len(grid_size) != 2 or min(grid_size) < 1 or grid_size[0] * grid_size[1] != q.shape[2]:
+    if not isinstance(grid_size, list | tuple) or len(grid_size) != 2 or min(grid_size) < 1 or grid_size[0] * grid_size[1] != q.shape[2]:
         raise ValueError(f"grid_size={grid_size} does not hold the {q.shape[2]} queries of q")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must share one floating-point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")

@@ -1,5 +1,7 @@
 """Regions: a feature map cut into a grid of equal rectangles, the unit that routing works on."""
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +16,9 @@ def as_grid(grid: int | Grid, name: str = "region_grid") -> Grid:
         ValueError: If `grid`, which the message calls `name`, is not one or two positive integers.
     """
     pair = tuple(grid) if isinstance(grid, list | tuple) else (grid, grid)
-    if len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
+    if len(pair) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in pair):
         raise ValueError(f"{name}={grid!r} is not a positive integer or a pair (rows, columns) of them")
-    return pair
+    return int(pair[0]), int(pair[1])
 
 
 def pad_to_grid(x: Tensor, grid: Grid) -> Tensor:

@@ -82,7 +82,7 @@ def predict(
             if isinstance(image, Image):
                 yield Prediction(path, next(guesses), None)
             else:
-                yield Prediction(path, [], str(image))
+                yield Prediction(path, [], str(image).removeprefix(f"{path}: "))
 
 
 @torch.inference_mode()

@@ -77,6 +77,42 @@ def test_files_as_published_load_and_run_no_code(tmp_path, tiny, extra, zipped):
     assert not hasattr(builtins, "debiformer_trap")
 
 
+def test_torchscript_archives_are_refused_unread(tmp_path):
+    """torch.load would run their code."""
+
+    class Scripted(torch.nn.Module):
+        @torch.jit.export
+        def __getstate__(self):
+            return 1
+
+        @torch.jit.export
+        def __setstate__(self, state: int):
+            raise RuntimeError("ran")
+
+        def forward(self, x):
+            return x
+
+    torch.jit.script(Scripted()).save(str(tmp_path / "scripted.pth"))
+    with pytest.raises(ValueError, match=r"scripted\.pth is not a readable checkpoint \(.*TorchScript"):
+        read_checkpoint(tmp_path / "scripted.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_of_every_kind_and_pickled_modules(tmp_path, zipped):
+    kinds = [torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.complex64]
+    kinds += [torch.float8_e4m3fn, torch.uint16] if zipped else []  # younger than the old format
+    tensors = {str(dtype): torch.ones(2, 2).to(dtype) for dtype in kinds}
+    path = tmp_path / "kinds.pth"
+    torch.save({"model": tensors, "ema": torch.nn.Linear(2, 2), "args": Config()}, path, _use_new_zipfile_serialization=zipped)
+    found = read_checkpoint(path)
+    assert found.keys() == tensors.keys()
+    assert all(
+        found[name].dtype == value.dtype and torch.equal(found[name].float(), value.float())
+        for name, value in tensors.items()
+        if not value.is_complex()
+    )
+
+
 def test_segmentation_checkpoints_give_their_backbone(tmp_path):
     heads = {"decode_head.conv_seg.weight": torch.zeros(150, 256, 1, 1), "auxiliary_head.conv_seg.bias": torch.zeros(150)}
     path = tmp_path / "upernet.pth"
@@ -106,8 +142,11 @@ def test_checkpoints_of_our_own_runs_load(tmp_path, tiny):
     path = tmp_path / "best.ckpt"
     torch.save({"state_dict": {f"model.{name}": value for name, value in tiny.items()}, "hyper_parameters": {"lr": 0.1}}, path)
     model = timm.create_model("debiformer_tiny")
-    debiformer.load_published(path, torch.nn.DataParallel(model))
+    debiformer.load_published(path, torch.nn.DataParallel(torch.compile(model)))
     assert same(model, tiny)
+    again = timm.create_model("debiformer_tiny")
+    debiformer.load_published(torch.compile(model).state_dict(), again)
+    assert same(again, tiny)
 
 
 def test_stages_that_features_only_dropped_are_left_behind(tiny):
@@ -116,6 +155,12 @@ def test_stages_that_features_only_dropped_are_left_behind(tiny):
     assert same(model.model, tiny)
     assert {name.split(".")[0] for name in report.left_behind} == {"stages", "norm", "head"}
     assert {name.split(".")[1] for name in report.left_behind if name.startswith("stages")} == {"2", "3"}
+
+
+def test_a_stage_that_no_preset_has_is_unexpected():
+    model = timm.create_model("debiformer_tiny", num_classes=0)
+    with pytest.raises(ValueError, match=r"1 unexpected:\n  stages\.9\.junk"):
+        debiformer.load_published({**TINY.state_dict, "stages.9.junk": torch.zeros(1)}, model)
 
 
 @pytest.mark.parametrize("case", ["biformer_tiny", "biformer_stl"])
@@ -210,6 +255,18 @@ def test_a_classifier_of_the_files_own_width_is_kept(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         timm.create_model("debiformer_nano", num_classes=10, **source)
     assert "the checkpoint has no classifier" in caplog.text
+
+
+def test_dense_and_classification_files_both_start_a_dense_backbone(tmp_path, tiny):
+    for state_dict in (DENSE.state_dict, TINY.state_dict):
+        torch.save({"model": state_dict}, tmp_path / "weights.pth")
+        source = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "weights.pth")))
+        features = timm.create_model("debiformer_tiny", features_only=True, feature_norms=True, **source)
+        expected = timm.create_model("debiformer_tiny", num_classes=0, feature_norms=True)
+        debiformer.load_published(state_dict, expected)
+        assert same(features.model, expected.state_dict())
+    classifier = timm.create_model("debiformer_tiny", feature_norms=True, **source)
+    assert torch.equal(classifier.head.fc.weight, tiny["head.fc.weight"])
 
 
 def test_pretrained_from_a_hub_download(tmp_path, tiny, monkeypatch):

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -49,4 +50,4 @@ def test_bad_input_names_the_numbers():
             as_grid(grid)
     with pytest.raises(ValueError, match="bias_grid=0"):
         as_grid(0, "bias_grid")
-    assert as_grid(7) == (7, 7)
+    assert as_grid(7) == as_grid([7, 7]) == as_grid(np.int64(7)) == (7, 7)
