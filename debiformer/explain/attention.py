@@ -12,6 +12,7 @@ from ..layers import DeformableBiLevelRoutingAttention
 from ..layers.region_routing import RegionRouting
 from ..ops import deformable_attention, merge, reference_points, routed_attention
 from ..ops.observation import watch
+from ..ops.regions import padded_size, region_size
 
 
 @dataclass
@@ -31,13 +32,12 @@ class Trace:
     @property
     def padded(self) -> tuple[int, int]:
         """Height and width of the map after padding to the region grid."""
-        (height, width), (rows, cols) = self.size, self.region_grid
-        return height + -height % rows, width + -width % cols
+        return padded_size(self.region_grid, self.size)
 
     @property
     def region_size(self) -> tuple[int, int]:
         """Height and width of a region in pixels of the map."""
-        return self.padded[0] // self.region_grid[0], self.padded[1] // self.region_grid[1]
+        return region_size(self.region_grid, self.padded)
 
     def region(self, row: int, column: int) -> int:
         """The region that a pixel of the map lies in.
@@ -136,8 +136,7 @@ class Trace:
 
     @property
     def _padded_agents(self) -> tuple[int, int]:
-        (height, width), (rows, cols) = self.agents, self.region_grid
-        return height + -height % rows, width + -width % cols
+        return padded_size(self.region_grid, self.agents)
 
 
 def _identity(k: Tensor) -> Tensor:

@@ -21,6 +21,12 @@ def as_grid(grid: int | Grid, name: str = "region_grid") -> Grid:
     return int(pair[0]), int(pair[1])
 
 
+def padded_size(grid: Grid, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a map after `pad_to_grid`."""
+    (rows, cols), (height, width) = grid, size
+    return (height + rows - 1) // rows * rows, (width + cols - 1) // cols * cols
+
+
 def pad_to_grid(x: Tensor, grid: Grid) -> Tensor:
     """Zero-pad a map below and on the right until `grid` divides it.
 
@@ -31,8 +37,8 @@ def pad_to_grid(x: Tensor, grid: Grid) -> Tensor:
     Returns:
         The map (B, H', W', C) with H' and W' the next multiples of the grid; `x` itself where it already fits.
     """
-    (height, width), (rows, cols) = x.shape[1:3], grid
-    below, right = (height + rows - 1) // rows * rows - height, (width + cols - 1) // cols * cols - width
+    height, width = padded_size(grid, (x.shape[1], x.shape[2]))
+    below, right = height - x.shape[1], width - x.shape[2]
     # A compiled or exported graph pads whatever the size, so that it serves every size.
     if torch.compiler.is_compiling() or below or right:
         return F.pad(x, (0, 0, 0, right, 0, below))
