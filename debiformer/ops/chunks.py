@@ -1,0 +1,30 @@
+"""Bounded memory: an operation over rows, a few rows at a time where all at once would be too much."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2**23  # elements of intermediates at a time: 32 MB in float32
+KEPT = 2**26  # elements that may be kept for the backward pass, 256 MB in float32; beyond, it computes them again
+
+
+def over_chunks(attend: Callable[[slice], Tensor], rows: int, elements_per_row: int, dim: int, *inputs: Tensor) -> Tensor:
+    """`attend(slice(rows))`, computed and concatenated along `dim` in chunks of rows where the intermediates are large; exact.
+
+    Args:
+        attend: From a slice of rows to their output, whose axis `dim` counts rows.
+        rows: Number of rows.
+        elements_per_row: Size of the intermediates of a row.
+        dim: Axis of the output.
+        inputs: What `attend` reads; where one of them needs a gradient, large chunks are computed again in the backward pass.
+    """
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if rows * elements_per_row <= (KEPT if training else CHUNK):
+        return attend(slice(0, rows))
+    step = max(1, CHUNK // elements_per_row)
+    chunks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    if training:
+        return torch.cat([checkpoint(attend, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks], dim)
+    return torch.cat([attend(chunk) for chunk in chunks], dim)
