@@ -2,11 +2,10 @@
 
 from .bi_level_routing import BiLevelRoutingAttention
 from .deformable_bi_level_routing import DeformableBiLevelRoutingAttention, OffsetNetwork
-from .depthwise import DepthwiseConv2d
+from .depthwise import DepthwiseConv2d, ResidualDepthwiseConv2d
 from .feedforward import ConvFeedForward
 from .full_attention import FullAttention
 from .patch import ConvDownsample, ConvStem, PatchEmbedding, PatchMerging
-from .position import PositionalConvolution
 
 __all__ = [
     "BiLevelRoutingAttention",
@@ -19,5 +18,5 @@ __all__ = [
     "OffsetNetwork",
     "PatchEmbedding",
     "PatchMerging",
-    "PositionalConvolution",
+    "ResidualDepthwiseConv2d",
 ]

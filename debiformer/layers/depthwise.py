@@ -1,5 +1,8 @@
-"""Depthwise convolution on channels-last maps."""
+"""Depthwise convolutions on channels-last maps."""
 
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 
@@ -12,3 +15,19 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         # A channels-last map is an NCHW tensor in channels_last memory format: both permutes are views.
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@register_notrace_module  # a leaf for torchvision's feature extraction, whose tracer knows no precision
+class ResidualDepthwiseConv2d(DepthwiseConv2d):
+    """x + depthwise(x), in one pass over the map: the filters' centres carry the identity. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if x.dtype.itemsize < 4 or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return x + super().forward(x)  # half precision would lose the filters' digits beside the ones
+        centre = self.kernel_size[0] // 2
+        weight = self.weight + F.pad(self.weight.new_ones(1, 1, 1, 1), (centre,) * 4)
+        return self._conv_forward(x.permute(0, 3, 1, 2), weight, self.bias).permute(0, 2, 3, 1)

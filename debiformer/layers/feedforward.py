@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .depthwise import DepthwiseConv2d
+from .depthwise import ResidualDepthwiseConv2d
 
 
 class ConvFeedForward(nn.Module):
@@ -23,9 +23,8 @@ class ConvFeedForward(nn.Module):
             raise ValueError(f"mlp ratio={ratio} is not above 0")
         hidden = int(dim * ratio)
         self.fc1 = nn.Linear(dim, hidden)
-        self.depthwise = DepthwiseConv2d(hidden, kernel_size=3)
+        self.depthwise = ResidualDepthwiseConv2d(hidden, kernel_size=3)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(F.gelu(x + self.depthwise(x)))
+        return self.fc2(F.gelu(self.depthwise(self.fc1(x))))

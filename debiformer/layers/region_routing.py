@@ -4,8 +4,9 @@ from numbers import Integral
 
 from torch import Tensor, nn
 
-from ..ops.regions import Grid, as_grid, merge, partition, region_means
-from ..ops.routed_attention import BACKENDS, routed_attention
+from ..ops.backends import check_backend
+from ..ops.regions import Grid, as_grid, merge, partition
+from ..ops.routed_attention import routed_attention
 from ..ops.routing import route
 
 
@@ -39,8 +40,7 @@ class RegionRouting(nn.Module):
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         if layout not in ("NHWC", "NCHW"):
             raise ValueError(f"layout={layout!r} is neither 'NHWC' nor 'NCHW'")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+        check_backend(backend)
         self.dim, self.num_heads, self.topk = dim, num_heads, topk
         self.soft_routing, self.layout, self.backend = soft_routing, layout, backend
         self.heads_and_width = (num_heads, dim // num_heads)
@@ -73,13 +73,15 @@ class RegionRouting(nn.Module):
 
     def routed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of a query map (B, h, w, C) over the routed regions of a key and a value map (B, H, W, C); the grid divides all."""
-        routes, affinities = route(region_means(q, self.region_grid), region_means(k, self.region_grid), self.topk)
-        weights = (self.scale * affinities).softmax(dim=-1) if self.soft_routing else None
-        q_regions, k_regions, v_regions = (
-            partition(x, self.region_grid).unflatten(-1, self.heads_and_width).permute(0, 3, 1, 2, 4) for x in (q, k, v)
-        )
-        out = routed_attention(q_regions, k_regions, v_regions, routes, scale=self.scale, route_weights=weights, backend=self.backend)
-        return merge(out.permute(0, 2, 3, 1, 4).flatten(-2), self.region_grid, (q.shape[1], q.shape[2]))
+        size = q.shape[1], q.shape[2]
+        q, k, v = (partition(x, self.region_grid) for x in (q, k, v))
+        routes = weights = None
+        if self.soft_routing or self.topk < k.shape[1]:  # with all regions routed to, there is no choice
+            routes, affinities = route(q.mean(2), k.mean(2), self.topk)
+            weights = (self.scale * affinities).softmax(dim=-1) if self.soft_routing else None
+        q, k, v = (x.unflatten(-1, self.heads_and_width).permute(0, 3, 1, 2, 4) for x in (q, k, v))
+        out = routed_attention(q, k, v, routes, scale=self.scale, route_weights=weights, backend=self.backend)
+        return merge(out.permute(0, 2, 3, 1, 4).flatten(-2), self.region_grid, size)
 
     def extra_repr(self) -> str:
         return f"region_grid={self.region_grid}, topk={self.topk}, num_heads={self.num_heads}, layout={self.layout}"

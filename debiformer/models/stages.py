@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..layers import BiLevelRoutingAttention, DeformableBiLevelRoutingAttention, FullAttention, PositionalConvolution
+from ..layers import BiLevelRoutingAttention, DeformableBiLevelRoutingAttention, FullAttention, ResidualDepthwiseConv2d
 from ..ops.regions import Grid
 
 
@@ -78,7 +78,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, position: bool, drop_path: float) -> None:
         super().__init__()
-        self.position = PositionalConvolution(dim) if position else nn.Identity()
+        # Zero padding at the border tells a token where it is.
+        self.position = ResidualDepthwiseConv2d(dim, kernel_size=3) if position else nn.Identity()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 2**23  # elements of intermediates at a time: 32 MB in float32
@@ -21,7 +22,7 @@ def over_chunks(attend: Callable[[slice], Tensor], rows: int, elements_per_row: 
         inputs: What `attend` reads; where one of them needs a gradient, large chunks are computed again in the backward pass.
     """
     training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if rows * elements_per_row <= (KEPT if training else CHUNK):
+    if not statically_known_true(rows * elements_per_row > (KEPT if training else CHUNK)):
         return attend(slice(0, rows))
     step = max(1, CHUNK // elements_per_row)
     chunks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

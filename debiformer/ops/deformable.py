@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .backends import choose_backend, requested_backend
+from .chunks import over_chunks
 from .observation import report
 
 
@@ -21,7 +23,7 @@ def sample_points(x: Tensor, points: Tensor, *, backend: str = "auto") -> Tensor
         x: Feature map (B, H, W, C).
         points: Points (B, G, h, w, 2) as (x, y), where -1 and 1 are the centres of the border pixels. Group g reads the g-th of G equal
             slices of the channels.
-        backend: "auto", "eager" (four gathers of whole tokens) or "reference".
+        backend: "auto", "eager" (four gathers of whole tokens) or "reference"; "triton", which has no kernel for this, is "eager" here.
 
     Returns:
         Samples (B, h, w, C).
@@ -35,9 +37,7 @@ def sample_points(x: Tensor, points: Tensor, *, backend: str = "auto") -> Tensor
         raise ValueError(f"x and points must be floating-point on one device; got {x.dtype} {x.device}, {points.dtype} {points.device}")
     if not points.shape[1] or x.shape[-1] % points.shape[1]:
         raise ValueError(f"the {points.shape[1]} groups of points do not divide the {x.shape[-1]} channels of x")
-    if backend not in SAMPLE_BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(SAMPLE_BACKENDS)}")
-    return SAMPLE_BACKENDS[backend](x, points)
+    return SAMPLE_IMPLEMENTATIONS[requested_backend(backend).backend](x, points)
 
 
 def _sample_rows(x: Tensor, points: Tensor) -> Tensor:
@@ -59,11 +59,16 @@ def _sample_rows(x: Tensor, points: Tensor) -> Tensor:
     return out.flatten(3).to(x.dtype)
 
 
+def _sample(x: Tensor, points: Tensor) -> Tensor:
+    # grid_sample reads map and points in one precision; the gathers leave a half-precision map as it is, however large.
+    return reference.sample_points(x, points) if x.dtype == points.dtype else _sample_rows(x, points)
+
+
 def _sample_reference(x: Tensor, points: Tensor) -> Tensor:
     return reference.sample_points(x.to(points.dtype), points).to(x.dtype)
 
 
-SAMPLE_BACKENDS = {"auto": _sample_rows, "eager": _sample_rows, "reference": _sample_reference}
+SAMPLE_IMPLEMENTATIONS = {"auto": _sample, "triton": _sample, "eager": _sample, "reference": _sample_reference}
 
 
 def deformable_attention(
@@ -90,42 +95,52 @@ def deformable_attention(
         bias_table: Biases (H, 2 * rows - 1, 2 * cols - 1); kept in its own precision, as the points are.
         grid_size: Height and width of the query grid; their product is N.
         scale: Factor on the dot products; D ** -0.5 where it is None.
-        backend: "auto", "eager" or "reference".
+        backend: "auto", "triton" (the bias is never stored), "eager" or "reference"; see `choose_backend`.
 
     Returns:
         (B, H, N, E).
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit together, or the backend is unknown.
+        ValueError: If shapes, dtypes or devices do not fit together, or the backend is unknown or cannot run this.
     """
     _check(q, k, v, points, bias_table, grid_size)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    backend = choose_backend("deformable_attention", q, k, v, backend=backend).backend
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     report("deformable_attention", q=q, k=k, v=v, points=points, bias_table=bias_table, grid_size=grid_size, scale=scale)
-    return BACKENDS[backend](q, k, v, points, bias_table, grid_size, scale)
+    return IMPLEMENTATIONS[backend](q, k, v, points, bias_table, grid_size, scale)
 
 
-def position_bias(points: Tensor, bias_table: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Relative position bias (B, H, N, M) of `deformable_attention`, whose arguments these are."""
+def position_bias(points: Tensor, bias_table: Tensor, grid_size: tuple[int, int], rows: slice = slice(None)) -> Tensor:
+    """Relative position bias (B, H, N, M) of `deformable_attention`, whose arguments these are; of these rows of its N alone."""
     height, width = grid_size
     batch, groups, count, _ = points.shape
     # From -1 to 1, and 0 where there is only one row or column.
     y, x = ((2 * torch.arange(n, dtype=points.dtype, device=points.device) - (n - 1)) / max(n - 1, 1) for n in (height, width))
-    queries = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).view(1, 1, -1, 1, 2)
-    # Groups first: the tables need no copy for each image, and heads x images x queries x points comes out without a permute.
-    half_displacement = 0.5 * queries - 0.5 * points.transpose(0, 1).unsqueeze(2)
-    tables = bias_table.to(points.dtype).unflatten(0, (groups, -1))
-    bias = F.grid_sample(tables, half_displacement.flatten(1, 2), align_corners=True)
-    return bias.view(bias_table.shape[0], batch, height * width, count).transpose(0, 1)
+    queries = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)[rows]
+    # Written as N rows of M pairs: the difference to the points runs along whole rows, several times faster than pair by pair.
+    queries = (0.5 * queries).unsqueeze(1).expand(-1, count, -1).flatten(1)
+    half_displacement = (queries - 0.5 * points.flatten(0, 1).flatten(1).unsqueeze(1)).unflatten(2, (count, 2))
+    # grid_sample shares its work among threads by image alone: a table for each.
+    tables = bias_table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    return F.grid_sample(tables, half_displacement, align_corners=True).view(batch, bias_table.shape[0], -1, count)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int], scale: float) -> Tensor:
-    bias = position_bias(points, bias_table, grid_size).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    def attend(rows: slice) -> Tensor:
+        bias = position_bias(points, bias_table, grid_size, rows).to(q.dtype)
+        return F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+
+    elements = q.shape[0] * q.shape[1] * k.shape[2]  # of a row of the bias
+    return over_chunks(attend, q.shape[2], elements, 1, q, k, v, points, bias_table).transpose(1, 2)
 
 
-BACKENDS = {"auto": _eager, "eager": _eager, "reference": reference.deformable_attention}
+def _triton(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int], scale: float) -> Tensor:
+    from .triton.deformable_attention import deformable_attention as fused  # not before it is wanted: Triton is heavy, and not everywhere
+
+    return fused(q, k, v, points, bias_table, grid_size, scale)
+
+
+IMPLEMENTATIONS = {"triton": _triton, "eager": _eager, "reference": reference.deformable_attention}
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int]) -> None:

@@ -20,19 +20,18 @@ def merge(regions: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tens
     return torch.cat([torch.cat([tiles[:, i * cols + j] for j in range(cols)], dim=2) for i in range(rows)], dim=1)
 
 
-def region_means(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean token (B, R, C) of every region."""
-    return partition(x, grid).mean(dim=2)
-
-
 def route(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Routes and affinities (B, R, K): all regions sorted, the first `topk` kept."""
     affinities, routes = torch.einsum("brc,bsc->brs", queries, keys).sort(dim=-1, descending=True)
     return routes[..., :topk], affinities[..., :topk]
 
 
-def routed_attention(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, scale: float, route_weights: Tensor | None = None) -> Tensor:
-    """Softmax attention (B, H, R, T, D) of each region's queries over all tokens of its routed regions together."""
+def routed_attention(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, route_weights: Tensor | None = None
+) -> Tensor:
+    """Softmax attention (B, H, R, T, D) of each region's queries over all tokens of its routed regions together; None is every region."""
+    if routes is None:
+        routes = torch.arange(k.shape[2], device=k.device).expand(q.shape[0], q.shape[2], -1)
 
     def routed(x: Tensor) -> Tensor:  # (B, H, R', T', D) -> (B, H, R, K * T', D)
         chosen = torch.stack([image[:, image_routes] for image, image_routes in zip(x, routes, strict=True)])

@@ -70,20 +70,6 @@ def merge(regions: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
     return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def region_means(x: Tensor, grid: Grid) -> Tensor:
-    """Mean token (B, R, C) of every region of a map (B, H, W, C) that `grid` divides.
-
-    Pooling is an order of magnitude faster than a mean over permuted axes.
-
-    Raises:
-        ValueError: If `grid` does not divide the map.
-    """
-    window = region_size(grid, (x.shape[1], x.shape[2]))
-    if torch.compiler.is_compiling():  # pooling would tie the graph to this size
-        return partition(x, grid).mean(2)
-    return F.avg_pool2d(x.permute(0, 3, 1, 2), window).flatten(2).transpose(1, 2)
-
-
 def region_size(grid: Grid, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the regions of a map.
 

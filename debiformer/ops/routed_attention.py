@@ -3,16 +3,22 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import reference
+from .backends import choose_backend
+from .chunks import CHUNK, over_chunks
 from .observation import report
+
+# Gathering one token's key and value costs as much as attending to this many more: measured on CPUs, where it ranges from 20 to 30.
+GATHER_COST = 24
 
 
 def routed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    routes: Tensor,
+    routes: Tensor | None,
     *,
     scale: float | None = None,
     route_weights: Tensor | None = None,
@@ -24,73 +30,107 @@ def routed_attention(
         q: Queries (B, H, R, T, D).
         k: Keys (B, H, R', T', D).
         v: Values (B, H, R', T', E); E = D in every model, another width where the weights themselves are wanted.
-        routes: Indices (B, R, K) of key regions, int64, from 0 to R' - 1. A region listed twice counts twice; as many routes as there are
-            regions must list every region.
+        routes: Indices (B, R, K) of key regions, int64, from 0 to R' - 1; a region listed twice counts twice. None routes everywhere:
+            every query attends to every token.
         scale: Factor on the dot products; D ** -0.5 where it is None.
         route_weights: Soft routing, (B, R, K): the keys and values of a route are multiplied by its weight. None for hard routing.
-        backend: "auto", "eager" (gathers whole regions, dense attention where all regions are routed to) or "reference".
+        backend: "auto", "triton" (never gathers), "eager" (gathers whole regions, or masks dense attention where that is less work) or
+            "reference"; see `choose_backend`. Without routes, "triton" is dense attention as well.
 
     Returns:
         (B, H, R, T, E).
 
     Raises:
-        ValueError: If the shapes, dtypes or devices do not fit together, or the backend is unknown.
-        IndexError: If a route is not a region, or K = R' routes leave one out. Not checked on an accelerator and under compilation, where
-            looking would stall the work.
+        ValueError: If the shapes, dtypes or devices do not fit together, or the backend is unknown or cannot run this.
+        IndexError: If a route is not a region. Not checked on an accelerator and under compilation, where looking would stall the work.
     """
     _check(q, k, v, routes, route_weights)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    backend = choose_backend("routed_attention", q, k, v, routes, route_weights, backend=backend).backend
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    report("routed_attention", q=q, k=k, v=v, routes=routes, scale=scale, route_weights=route_weights)
-    return BACKENDS[backend](q, k, v, routes, scale, route_weights)
+    listed = torch.arange(k.shape[2], device=k.device).expand(*q.shape[:3:2], -1) if routes is None else routes
+    report("routed_attention", q=q, k=k, v=v, routes=listed, scale=scale, route_weights=route_weights)
+    return IMPLEMENTATIONS[backend](q, k, v, routes, scale, route_weights)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, scale: float, route_weights: Tensor | None) -> Tensor:
-    batch, heads, regions, tokens, _ = q.shape
-    everywhere = routes.shape[-1] == k.shape[2]
-    if everywhere and route_weights is None:  # every token attends to every token: no routing, and no gather
-        out = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), scale=scale)
-        return out.unflatten(2, (regions, tokens))
+def _eager(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, route_weights: Tensor | None) -> Tensor:
+    if routes is None:  # every token attends to every token
+        return _dense(q, k, v, None, scale)
+    tokens, key_regions, topk = q.shape[3], k.shape[2], routes.shape[2]
+    mask_size = q.shape[0] * q.shape[2] * tokens * key_regions * k.shape[3]
+    cheaper = statically_known_true(tokens * (key_regions - topk) <= GATHER_COST * topk)  # a graph of any size gathers
+    if route_weights is None and cheaper and statically_known_true(mask_size <= CHUNK):
+        listed = torch.zeros(*routes.shape[:2], key_regions, dtype=torch.int64, device=q.device)
+        listed = listed.scatter_add_(2, routes, torch.ones_like(routes))
+        # A region listed n times gets n times the weight. Looked up, since few values are taken and log(0) is slow.
+        log_factors = torch.arange(topk + 1, dtype=q.dtype, device=q.device).log()[listed]
+        mask = log_factors[:, :, None, :, None].expand(-1, -1, tokens, -1, k.shape[3])
+        return _dense(q, k, v, mask.flatten(3, 4).flatten(1, 2).unsqueeze(1), scale)
+    return _gathered(q, k, v, routes, scale, route_weights)
 
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), attn_mask=mask, scale=scale)
+    return out.unflatten(2, (q.shape[2], q.shape[3]))
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, scale: float, route_weights: Tensor | None) -> Tensor:
+    batch, heads, regions, _, _ = q.shape
     first = k.shape[2] * torch.arange(batch, device=routes.device).view(-1, 1, 1)
-    rows = (routes + first).flatten()
+    chosen = (routes + first).flatten(0, 1)  # one row for each query region of the batch
+    queries = q.transpose(1, 2).flatten(0, 1)
+    # One row per key region, so that index_select copies whole regions; a view where heads are slices of (B, R, T, C).
+    k_rows, v_rows = (x.permute(0, 2, 3, 1, 4).flatten(2).flatten(0, 1) for x in (k, v))
+    weights = None if route_weights is None else route_weights.flatten(0, 1)
 
-    def gathered(x: Tensor) -> Tensor:
-        # One row per region, so that index_select copies whole regions; a view where heads are slices of (B, R, T, C).
-        chosen = x.permute(0, 2, 3, 1, 4).flatten(2).flatten(0, 1).index_select(0, rows)
-        if route_weights is not None:
-            chosen = chosen * route_weights.flatten().unsqueeze(-1).to(chosen.dtype)
-        return chosen.view(batch * regions, routes.shape[-1] * x.shape[3], heads, x.shape[-1]).transpose(1, 2)
+    def gathered(x: Tensor, rows: slice, width: int) -> Tensor:
+        taken = x.index_select(0, chosen[rows].flatten())
+        if weights is not None:
+            taken = taken * weights[rows].flatten().unsqueeze(-1).to(taken.dtype)
+        return taken.view(-1, chosen.shape[1] * k.shape[3], heads, width).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(q.transpose(1, 2).flatten(0, 1), gathered(k), gathered(v), scale=scale)
-    return out.unflatten(0, (batch, regions)).transpose(1, 2)
+    def attend(rows: slice) -> Tensor:
+        keys, values = gathered(k_rows, rows, k.shape[4]), gathered(v_rows, rows, v.shape[4])
+        return F.scaled_dot_product_attention(queries[rows], keys, values, scale=scale).transpose(1, 2)
+
+    inputs = (q, k, v) if route_weights is None else (q, k, v, route_weights)
+    out = over_chunks(attend, batch * regions, chosen.shape[1] * (k_rows.shape[1] + v_rows.shape[1]), 0, *inputs)
+    return out.unflatten(0, (batch, regions)).permute(0, 3, 1, 2, 4)
 
 
-BACKENDS = {"auto": _eager, "eager": _eager, "reference": reference.routed_attention}
+def _triton(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, scale: float, route_weights: None) -> Tensor:
+    from .triton.routed_attention import routed_attention as fused  # not before it is wanted: Triton is heavy, and not everywhere
+
+    return fused(q, k, v, routes, scale)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, routes {tuple(routes.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 5 or routes.ndim != 3:
+IMPLEMENTATIONS = {"triton": _triton, "eager": _eager, "reference": reference.routed_attention}
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, route_weights: Tensor | None) -> None:
+    given = {"q": q, "k": k, "v": v, "routes": routes, "route_weights": route_weights}
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items() if x is not None)
+    if not q.ndim == k.ndim == v.ndim == 5 or (routes is not None and routes.ndim != 3):
         raise ValueError(f"expected q (B, H, R, T, D), k and v (B, H, R', T', D), routes (B, R, K); got {shapes}")
     if k.shape[:-1] != v.shape[:-1] or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q, k and v must agree in B and H, q and k in D, and k and v in R' and T'; got {shapes}")
-    if (routes.shape[0], routes.shape[1]) != (q.shape[0], q.shape[2]):
-        raise ValueError(f"routes must be (B, R, K) with the B and R of q; got {shapes}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must share one floating-point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device == routes.device:
-        raise ValueError(f"q, k, v and routes must be on one device; got {q.device}, {k.device}, {v.device}, {routes.device}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}")
+    if routes is None:
+        if route_weights is not None:
+            raise ValueError(f"route_weights {tuple(route_weights.shape)} without routes")
+        return
+    if (routes.shape[0], routes.shape[1]) != (q.shape[0], q.shape[2]):
+        raise ValueError(f"routes must be (B, R, K) with the B and R of q; got {shapes}")
+    if routes.device != q.device:
+        raise ValueError(f"routes must be on the device of q; got {routes.device} and {q.device}")
     if routes.dtype != torch.int64:
         raise ValueError(f"routes must be int64 indices of regions; got {routes.dtype}")
     if routes.shape[2] < 1 or (route_weights is not None and route_weights.shape != routes.shape):
-        given = None if route_weights is None else tuple(route_weights.shape)
-        raise ValueError(f"routes (B, R, K) need K of at least 1, and route_weights their shape; got {shapes}, route_weights {given}")
+        raise ValueError(f"routes (B, R, K) need K of at least 1, and route_weights their shape; got {shapes}")
     if routes.device.type == "cpu" and not torch.compiler.is_compiling() and routes.numel():
         # A route past the end would silently read the next image of the batch.
         low, high = (int(bound) for bound in torch.aminmax(routes))
         if low < 0 or high >= k.shape[2]:
             raise IndexError(f"routes from {low} to {high} leave the {k.shape[2]} key regions")
-        if routes.shape[2] == k.shape[2] and not torch.equal(routes.sort(dim=-1).values, torch.arange(k.shape[2]).expand_as(routes)):
-            raise IndexError(f"{routes.shape[2]} routes to {k.shape[2]} key regions must list each region once")

@@ -11,9 +11,9 @@ from debiformer.layers import (
     DeformableBiLevelRoutingAttention,
     FullAttention,
     OffsetNetwork,
-    PositionalConvolution,
+    ResidualDepthwiseConv2d,
 )
-from debiformer.ops import pad_to_grid, partition, reference, reference_points, region_means
+from debiformer.ops import pad_to_grid, partition, reference, reference_points
 
 SMALL_DBRA = dict(point_stride=2, offset_kernel_size=3, offset_groups=2, bias_grid=(5, 4))
 
@@ -55,7 +55,7 @@ def test_soft_routing_weighs_keys_and_values_by_softmax_of_affinity():
     layer = BiLevelRoutingAttention(8, 2, (2, 2), 2, soft_routing=True).double()
     x = torch.randn(1, 4, 6, 8, dtype=torch.float64)
     q, k, v = layer.qkv(x).chunk(3, dim=-1)
-    routes, affinities = reference.route(region_means(q, (2, 2)), region_means(k, (2, 2)), 2)
+    routes, affinities = reference.route(partition(q, (2, 2)).mean(2), partition(k, (2, 2)).mean(2), 2)
     heads = [partition(t, (2, 2)).unflatten(-1, (2, 4)).permute(0, 3, 1, 2, 4) for t in (q, k, v)]
     weights = (8**-0.5 * affinities).softmax(dim=-1)
     out = reference.routed_attention(*heads, routes, 8**-0.5, weights).permute(0, 2, 3, 1, 4).flatten(-2)
@@ -111,7 +111,7 @@ def test_every_parameter_gets_a_gradient():
         *both(layout="NCHW"),
         FullAttention(8, 2),
         ConvFeedForward(8, 2),
-        PositionalConvolution(8),
+        ResidualDepthwiseConv2d(8, 3),
     ]:
         layer(torch.randn(2, 8, 8, 8)).sum().backward()
         assert [n for n, p in layer.named_parameters() if p.grad is None] == []
@@ -137,7 +137,7 @@ def test_bad_arguments_name_the_numbers():
         (dict(dim=8, num_heads=2, region_grid=(2, 0)), r"region_grid=\(2, 0\)"),
         (dict(dim=8, num_heads=0), "num_heads=0 is not a positive integer"),
         (dict(dim=8, num_heads=2, topk=2.0), "topk=2.0 is not a positive integer"),
-        (dict(dim=8, num_heads=2, backend="fast"), "backend='fast' is not one of auto, eager, reference"),
+        (dict(dim=8, num_heads=2, backend="fast"), "backend='fast' is not one of auto, triton, eager, reference"),
         (dict(dim=8, num_heads=2, layout="CHW"), "layout='CHW' is neither 'NHWC' nor 'NCHW'"),
     ]
     for kwargs, message in bad:

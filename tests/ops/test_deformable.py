@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from debiformer.ops import deformable_attention, reference, reference_points, sample_points
+from debiformer.ops import chunks, deformable_attention, reference, reference_points, sample_points
 from debiformer.ops.deformable import position_bias
 
 BACKENDS = ("auto", "eager", "reference")
@@ -169,7 +169,7 @@ def test_bad_input_names_the_problem():
     for arguments, message in bad:
         with pytest.raises(ValueError, match=message):
             deformable_attention(*arguments)
-    with pytest.raises(ValueError, match="backend='fast' is not one of auto, eager, reference"):
+    with pytest.raises(ValueError, match="backend='fast' is not one of auto, triton, eager, reference"):
         deformable_attention(q, k, v, points, table, size, backend="fast")
     x = torch.zeros(2, 4, 4, 3)
     with pytest.raises(ValueError, match=r"expected x \(B, H, W, C\) and points \(B, G, h, w, 2\)"):
@@ -180,3 +180,19 @@ def test_bad_input_names_the_problem():
         sample_points(x, torch.zeros(2, 0, 2, 2, 2))
     with pytest.raises(ValueError, match="the 2 groups of points do not divide the 3 channels"):
         sample_points(x, torch.zeros(2, 2, 2, 2, 2))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    """A few rows of queries at a time, computed again in the backward pass: the same output and gradients as the reference."""
+    monkeypatch.setattr(chunks, "CHUNK", 100)
+    monkeypatch.setattr(chunks, "KEPT", 100)
+    q, k, v = (torch.randn(2, 4, n, 3, dtype=torch.float64, requires_grad=True) for n in (35, 6, 6))
+    points, table = random_points(2, 2, 6).requires_grad_(), torch.randn(4, 5, 9, dtype=torch.float64, requires_grad=True)
+    inputs = (q, k, v, points, table)
+    found, expected = (deformable_attention(*inputs, (5, 7), backend=backend) for backend in ("eager", "reference"))
+    torch.testing.assert_close(found, expected)
+    cotangent = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(out, inputs, cotangent) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(deformable_attention(*inputs, (5, 7)), expected)
