@@ -4,9 +4,9 @@ Scores are kept as [points, queries], so that neighbouring lanes read neighbouri
 rectangle of the grid: the row of the table that a point looks up is then the same for a whole row of queries. The table arrives in units of
 log2(e), padded by two cells of zeros, which stand for everything beyond its border.
 
-Backward, the gradient of the table needs that of every logit. Those are written for some tiles of points at a time, and summed into the table
-by products with matrices of hat functions: the weights of bilinear interpolation. Every sum has its place and order, so gradients are the same
-bits every time.
+Backward, the gradient of the table needs that of every logit. Those are written for some tiles of points at a time, and summed into the
+table by products with matrices of hat functions: the weights of bilinear interpolation. Every sum has its place and order, so gradients
+are the same bits every time.
 """
 
 import torch
@@ -24,7 +24,7 @@ PROGRAMS = 1024  # enough to fill a large GPU several times over
 
 @triton.jit
 def _queries(tile, height, width, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
-    """A rectangle of the query grid: the number of each query and whether it is there, and how far from the centre their rows and columns are."""
+    """A rectangle of the query grid: the number of each query, whether it is there, and how far off the centre its row and column are."""
     across = tl.cdiv(width, TILE_COLUMNS)
     lane = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
     row = tile // across * TILE_ROWS + lane // TILE_COLUMNS
@@ -43,7 +43,8 @@ def _corners(table, rows, columns, table_height, table_width):
     left = tl.minimum(tl.maximum(column_floor.to(tl.int32) + (table_width // 2 + 2), 0), table_width + 2)
     pitch = table_width + 4
     corner = table + (top * pitch + left)
-    return tl.load(corner), tl.load(corner + 1), tl.load(corner + pitch), tl.load(corner + pitch + 1), rows - row_floor, columns - column_floor
+    below = corner + pitch
+    return tl.load(corner), tl.load(corner + 1), tl.load(below), tl.load(below + 1), rows - row_floor, columns - column_floor
 
 
 @triton.jit
@@ -151,8 +152,8 @@ def _query_gradient_kernel(
 
 @triton.jit(do_not_specialize=["first_unit", "units", "tiles_each"])
 def _point_gradient_kernel(
-    q, k, v, points, table, out, lse, d_out, delta, d_q, partial, d_logit,
-    q_strides, k_strides, v_strides, out_strides, d_out_strides, d_q_strides,
+    q, k, v, points, table, lse, d_out, delta, d_q, partial, d_logit,
+    q_strides, k_strides, v_strides, d_out_strides, d_q_strides,
     first_unit, units, tiles, tiles_each, heads, groups, count, height, width, table_height, table_width, row_step, column_step, scale,
     WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, KEYS: tl.constexpr,
     WITH_QUERIES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -178,7 +179,8 @@ def _point_gradient_kernel(
     d_out += image * d_out_strides[0] + head * d_out_strides[1]
     statistics = (image * heads + head) * height * width
     table += head * (table_height + 4) * (table_width + 4)
-    unit_row = (unit * heads + head).to(tl.int64) * KEYS + lane
+    unit_row = (unit * heads + head).to(tl.int64) * KEYS
+    d_logit += unit_row * height * width
 
     key_result = tl.zeros([KEYS, WIDTH_BLOCK], tl.float32)
     value_result = tl.zeros([KEYS, WIDTH_BLOCK], tl.float32)
@@ -189,12 +191,6 @@ def _point_gradient_kernel(
         queries = load_rows(q, query * q_strides[2], query_there, WIDTH, WIDTH_BLOCK, DOT)
         d_outputs = load_rows(d_out, query * d_out_strides[2], query_there, WIDTH, WIDTH_BLOCK, DOT)
         query_lse = tl.load(lse + statistics + query, mask=query_there, other=float("inf"))
-        if WITH_QUERIES:
-            out_rows = out + image * out_strides[0] + head * out_strides[1]
-            outputs = load_rows(out_rows, query * out_strides[2], query_there, WIDTH, WIDTH_BLOCK, tl.float32)
-            query_delta = tl.sum(outputs * d_outputs.to(tl.float32), 1)
-        else:
-            query_delta = tl.load(delta + statistics + query, mask=query_there, other=0.0)
         table_rows = (rows * row_step)[None, :] - point_row[:, None]
         table_columns = (columns * column_step)[None, :] - point_column[:, None]
         top_left, top_right, bottom_left, bottom_right, down, right = _corners(table, table_rows, table_columns, table_height, table_width)
@@ -204,18 +200,23 @@ def _point_gradient_kernel(
         weights = tl.where(there[:, None], tl.exp2(logits - query_lse[None, :]), 0.0)
         value_result = tl.dot(weights.to(DOT), d_outputs, value_result, input_precision=PRECISION)
         d_weights = tl.dot(values, tl.trans(d_outputs), input_precision=PRECISION)
+        if WITH_QUERIES:  # noqa: SIM108 (one of the two is not compiled)
+            query_delta = tl.sum(weights * d_weights, 0)
+        else:
+            query_delta = tl.load(delta + statistics + query, mask=query_there, other=0.0)
         d_logits = weights * (d_weights - query_delta[None, :])
         key_result = tl.dot(d_logits.to(DOT), queries, key_result, input_precision=PRECISION)
         row_result += tl.sum(d_logits * (bottom - top), 1)
         slope_above = top_right - top_left
         column_result += tl.sum(d_logits * (slope_above + (bottom_right - bottom_left - slope_above) * down), 1)
-        d_logit_rows = d_logit + unit_row[:, None] * (height * width) + query[None, :]
-        tl.store(d_logit_rows, d_logits.to(d_logit.dtype.element_ty), mask=there[:, None] & query_there[None, :])
+        d_logit_rows = d_logit + (lane[:, None] * (height * width) + query[None, :])
+        tl.store(d_logit_rows, d_logits, mask=there[:, None] & query_there[None, :])
         if WITH_QUERIES:
             d_queries = tl.trans(tl.dot(tl.trans(keys), d_logits.to(DOT), input_precision=PRECISION) * scale)
             d_q_rows = d_q + image * d_q_strides[0] + head * d_q_strides[1]
             store_rows(d_q_rows, query * d_q_strides[2], query_there, d_queries, WIDTH, WIDTH_BLOCK)
-    row = (share * units * heads * KEYS + unit_row) * (2 * WIDTH + 2)
+    partial += (share * units * heads * KEYS + unit_row) * (2 * WIDTH + 2)
+    row = lane * (2 * WIDTH + 2)
     store_rows(partial, row, there, key_result * scale, WIDTH, WIDTH_BLOCK)
     store_rows(partial, row + WIDTH, there, value_result, WIDTH, WIDTH_BLOCK)
     # The table came in units of log2(e), gradients leave in plain ones; and the place in the table falls as the point moves on.
@@ -237,7 +238,7 @@ def _table_gradient_kernel(
     d_logit, points, partial, first_unit, units, points_each, heads, groups, count, height, width, table_height, table_width,
     row_step, column_step,
     KEYS: tl.constexpr, TABLE_ROWS: tl.constexpr, TABLE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of one table, over a share of the points: the sum of hat(rows)^T d_logit hat(columns), added to what earlier units gave."""
     across = tl.cdiv(table_width, TABLE_COLUMNS)
@@ -276,13 +277,13 @@ def _table_gradient_kernel(
                 for first_row in range(row_begin, row_end, ROWS):
                     row = first_row + tl.arange(0, ROWS)
                     there = (row < height)[:, None] & (column < width)[None, :]
-                    tile_gradient = tl.load(rows_of_point + row[:, None] * width + column[None, :], mask=there, other=0.0).to(DOT)
+                    tile_gradient = tl.load(rows_of_point + row[:, None] * width + column[None, :], mask=there, other=0.0)
                     row_place = (row - 0.5 * (height - 1)) * row_step - point_row
                     row_hat = tl.maximum(1.0 - tl.abs(row_place[None, :] - centred_row[:, None]), 0.0)
-                    summed_rows = tl.dot(row_hat.to(DOT), tile_gradient, summed_rows, input_precision=PRECISION)
+                    summed_rows = tl.dot(row_hat, tile_gradient, summed_rows, input_precision=PRECISION)
                 column_place = (column - 0.5 * (width - 1)) * column_step - point_column
                 column_hat = tl.maximum(1.0 - tl.abs(column_place[:, None] - centred_column[None, :]), 0.0)
-                result = tl.dot(summed_rows.to(DOT), column_hat.to(DOT), result, input_precision=PRECISION)
+                result = tl.dot(summed_rows, column_hat, result, input_precision=PRECISION)
     tl.store(partial + cell, result, mask=cell_there)
 
 
@@ -343,7 +344,7 @@ def forward(
         _forward_kernel[(call.batch * call.heads * tiles,)](
             q, k, v, points, _padded(table), out, lse, q.stride(), k.stride(), v.stride(), out.stride(), tiles, *call.sizes, scale,
             width, width_block(width), *call.rectangle(tile.queries), tile.keys, call.count <= tile.keys,
-            dot_dtype(q.dtype), float32_precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            dot_dtype(q.dtype), float32_precision(), **tile.options,
         )  # fmt: skip
     return out, lse
 
@@ -361,16 +362,18 @@ def backward(
     d_q, delta = heads_last(q), torch.empty_like(lse)
     strides = q.stride(), k.stride(), v.stride(), out.stride(), d_out.stride(), d_q.stride()
     one_tile = count <= point_tile.keys
+    table_precision = float32_precision() if q.dtype == torch.float32 else "tf32"
 
     # A unit is a tile of points of an image; `chunk` of them are worked on at a time, each by `shares` programs for every head.
     key_tiles = triton.cdiv(count, point_tile.keys)
     units = call.batch * key_tiles
-    unit_bytes = call.heads * point_tile.keys * q.shape[2] * q.element_size()
+    unit_bytes = call.heads * point_tile.keys * q.shape[2] * 4
     chunk = min(max(LOGIT_GRADIENT_BYTES // unit_bytes, 1), units)
     tiles = call.tiles(point_tile.queries)
     tiles_each = triton.cdiv(tiles, triton.cdiv(PROGRAMS, chunk * call.heads))
     shares = triton.cdiv(tiles, tiles_each)
-    d_logit = q.new_empty(chunk, call.heads, point_tile.keys, q.shape[2])
+    # In float32, as are the products: the gradients of a query's logits sum to zero, and half precision loses what neighbours leave.
+    d_logit = q.new_empty(chunk, call.heads, point_tile.keys, q.shape[2], dtype=torch.float32)
     partial = q.new_empty(shares * chunk * call.heads * point_tile.keys * (2 * width + 2), dtype=torch.float32)
     summed = q.new_empty(units, call.heads, point_tile.keys, 2 * width + 2, dtype=torch.float32)
 
@@ -386,27 +389,27 @@ def backward(
             _query_gradient_kernel[(call.batch * call.heads * query_tiles,)](
                 q, k, v, points, padded, out, lse, d_out, delta, d_q, *strides, query_tiles, *call.sizes, scale,
                 width, width_block(width), *call.rectangle(query_tile.queries), query_tile.keys, *types,
-                num_warps=query_tile.num_warps, num_stages=query_tile.num_stages,
+                **query_tile.options,
             )  # fmt: skip
         for first in range(0, units, chunk):
             now = min(chunk, units - first)
             _point_gradient_kernel[(shares * now * call.heads,)](
-                q, k, v, points, padded, out, lse, d_out, delta, d_q, partial, d_logit, *strides,
+                q, k, v, points, padded, lse, d_out, delta, d_q, partial, d_logit, *strides[:3], *strides[4:],
                 first, now, tiles, tiles_each, *call.sizes, scale,
                 width, width_block(width), *call.rectangle(point_tile.queries), point_tile.keys, one_tile, *types,
-                num_warps=point_tile.num_warps, num_stages=point_tile.num_stages,
+                **point_tile.options,
             )  # fmt: skip
             here = summed[first : first + now]
             torch.sum(partial[: shares * here.numel()].view(shares, *here.shape), dim=0, out=here)
             _table_gradient_kernel[(table_shares * table_tiles * call.heads,)](
                 d_logit, points, table_partial, first, now, points_each, *call.sizes,
-                point_tile.keys, *table_tile, block(call.height, 16, 32), block(call.width, 16, 32), *types,
-                num_warps=4, num_stages=1,
+                point_tile.keys, *table_tile, block(call.height, 16, 32), block(call.width, 16, 32), table_precision,
+                num_warps=4, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
     summed = summed.view(call.batch, key_tiles, call.heads, point_tile.keys, -1).transpose(2, 3).flatten(1, 2)[:, :count]
-    d_k, d_v, d_points = summed.split([width, width, 2], dim=-1)  # (B, M, H, ...)
-    d_k, d_v = (x.contiguous().to(k.dtype).transpose(1, 2) for x in (d_k, d_v))
-    d_points = d_points.unflatten(2, (call.groups, -1)).sum(3).transpose(1, 2).contiguous().to(points_dtype)
+    keys, values, d_points = summed.transpose(1, 2).split([width, width, 2], dim=-1)  # (B, H, M, ...)
+    d_k, d_v = heads_last(k).copy_(keys), heads_last(v).copy_(values)
+    d_points = d_points.unflatten(1, (call.groups, -1)).sum(2).contiguous().to(points_dtype)
     return d_q, d_k, d_v, d_points, table_partial.sum(0).to(table.dtype)
 
 

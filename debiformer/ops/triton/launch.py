@@ -19,6 +19,11 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """How to compile. Multiply and add as one is what we want, and newer Triton wants to be told."""
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
+
 
 def block(n: int, low: int, high: int) -> int:
     """The power of two that holds `n`, within bounds."""
@@ -64,7 +69,7 @@ def load_rows(pointer, row_offsets, row_there, WIDTH: tl.constexpr, WIDTH_BLOCK:
     """A tile (rows, WIDTH_BLOCK) of rows that start at the given offsets; zero where there is none, and past WIDTH."""
     channel = tl.arange(0, WIDTH_BLOCK)
     there = row_there[:, None] & (channel < WIDTH)[None, :]
-    return tl.load(pointer + row_offsets[:, None] + channel[None, :], mask=there, other=0.0).to(DTYPE)
+    return tl.load(pointer + (row_offsets[:, None] + channel[None, :]), mask=there, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -72,4 +77,4 @@ def store_rows(pointer, row_offsets, row_there, tile, WIDTH: tl.constexpr, WIDTH
     """Undo `load_rows`."""
     channel = tl.arange(0, WIDTH_BLOCK)
     there = row_there[:, None] & (channel < WIDTH)[None, :]
-    tl.store(pointer + row_offsets[:, None] + channel[None, :], tile.to(pointer.dtype.element_ty), mask=there)
+    tl.store(pointer + (row_offsets[:, None] + channel[None, :]), tile.to(pointer.dtype.element_ty), mask=there)

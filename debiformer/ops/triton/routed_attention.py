@@ -1,7 +1,7 @@
 """Routed attention in Triton: the routed regions are read as one sequence of keys, and never gathered.
 
-Key j of a query region is token j % T' of region routes[j // T']. The backward pass reads the routes the other way round: for each key region,
-the query regions that are routed to it, in order. So no two programs write to one place, and gradients are the same bits every time.
+Key j of a query region is token j % T' of region routes[j // T']. The backward pass reads the routes the other way round: for each key
+region, the query regions that are routed to it, in order. No two programs write to one place, and gradients are the same bits every time.
 """
 
 import torch
@@ -156,7 +156,7 @@ def _key_gradient_kernel(
 
 
 def _tile(queries: int, keys: int, dtype: torch.dtype, width: int, results: int = 1) -> Tile:
-    """A tile that holds what there is and fits the registers, with `results` sums of its rows' size: compiled without spills, not yet timed."""
+    """A tile that holds what there is and fits the registers, `results` sums included: compiled without spills, not yet timed."""
     single = dtype == torch.float32
     largest = 32 if single or width > 64 else 64
     queries, keys = block(queries, 16, largest), block(keys, 16, largest)
@@ -175,7 +175,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, scale: float, tile:
             q, k, v, routes, out, lse, q.stride(), k.stride(), v.stride(), out.stride(),
             heads, regions, tokens, key_tokens, topk, scale,
             width, width_block(width), tile.queries, tile.keys, topk * key_tokens <= tile.keys, dot_dtype(q.dtype), float32_precision(),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options,
         )  # fmt: skip
     return out, lse
 
@@ -197,14 +197,14 @@ def backward(
             q, k, v, routes, out, lse, d_out, delta, d_q, q.stride(), k.stride(), v.stride(), out.stride(), d_out.stride(), d_q.stride(),
             heads, regions, tokens, key_tokens, topk, scale,
             width, width_block(width), query_tile.queries, query_tile.keys, topk * key_tokens <= query_tile.keys, *types,
-            num_warps=query_tile.num_warps, num_stages=query_tile.num_stages,
+            **query_tile.options,
         )  # fmt: skip
         _key_gradient_kernel[(batch * key_regions * triton.cdiv(key_tokens, key_tile.keys) * heads,)](
             q, k, v, starts, sources, lse, d_out, delta, d_k, d_v,
             q.stride(), k.stride(), v.stride(), d_out.stride(), d_k.stride(), d_v.stride(),
             heads, regions, tokens, key_regions, key_tokens, topk, scale,
             width, width_block(width), key_tile.queries, key_tile.keys, *types,
-            num_warps=key_tile.num_warps, num_stages=key_tile.num_stages,
+            **key_tile.options,
         )  # fmt: skip
     return d_q, d_k, d_v
 
