@@ -1,4 +1,7 @@
-"""What every kernel takes of a GPU, as JSON: compiled ahead of time, no GPU needed. python tests/ops/kernel_resources.py 90 bfloat16"""
+"""What every kernel takes of a GPU, as JSON: compiled ahead of time, no GPU needed.
+
+python tests/ops/kernel_resources.py 90 bfloat16
+"""
 
 import json
 import re
@@ -22,16 +25,13 @@ ROUTED = {
     "224, stage 1": (49, 64, 49, 64, 1),
     "224, stage 1, agents": (49, 1, 49, 64, 4),
     "224, stage 2": (49, 16, 49, 16, 4),
-    "224, stage 3": (49, 4, 49, 4, 16),
     "800x1344, stage 1": (49, 1392, 49, 1392, 1),
     "800x1344, stage 1, agents": (49, 24, 49, 1392, 4),
 }
 # Height and width of the grid, M, and the side of the grid that the table is made for.
 DEFORMABLE = {
     "224, stage 1": ((56, 56), 49, 56),
-    "224, stage 2": ((28, 28), 49, 28),
     "224, stage 3": ((14, 14), 49, 14),
-    "224, stage 4": ((7, 7), 49, 7),
     "800x1344, stage 1": ((203, 336), 1176, 56),
     "64, stage 3": ((4, 4), 16, 4),
 }
@@ -48,7 +48,7 @@ class Nowhere:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # what is compiled is kept for each device
 
     def get_current_stream(self, device: int) -> int:
         return 0

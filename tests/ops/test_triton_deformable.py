@@ -68,7 +68,7 @@ def test_points_far_off_see_no_bias():
 @pytest.mark.parametrize("count", [20, 70])
 def test_gradients_of_logits_a_few_at_a_time(count, monkeypatch):
     """One tile of points of one image at a time, and few programs, must give what all at once gives."""
-    from debiformer.ops.triton import deformable_attention as kernels  # noqa: PLC0415 (optional)
+    from debiformer.ops.triton import deformable_attention as kernels
 
     monkeypatch.setattr(kernels, "LOGIT_GRADIENT_BYTES", 1)
     monkeypatch.setattr(kernels, "PROGRAMS", 3)
@@ -102,7 +102,7 @@ def test_gradients_are_the_same_bits_every_time():
 
 
 def test_registration():
-    from debiformer.ops.triton.deformable_attention import forward  # noqa: PLC0415 (registers the operations)
+    from debiformer.ops.triton.deformable_attention import forward
 
     inputs, grid = random_case(1, 2, 1, (2, 3), 4, (3, 5), 8)
     out, lse = forward(*inputs, grid, 0.3)

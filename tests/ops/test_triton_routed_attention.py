@@ -99,7 +99,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_registration():
-    from debiformer.ops.triton.routed_attention import forward  # noqa: PLC0415 (registers the operations)
+    from debiformer.ops.triton.routed_attention import forward
 
     *qkv, routes = random_case(2, 2, 3, 2, 3, 4, 2, 8)
     out, lse = forward(*qkv, routes, 0.3)

@@ -302,6 +302,8 @@ def _query_tile(dtype: torch.dtype, width: int) -> Tile:
 
 def _point_tile(dtype: torch.dtype, width: int, count: int) -> Tile:
     """Up to 64 points fit one tile, which saves the pass over the queries."""
+    if dtype == torch.float32 or width > 64:
+        return Tile(queries=16, keys=32, num_warps=4, num_stages=1)
     return Tile(queries=32, keys=64 if count > 32 else 32, num_warps=4, num_stages=1)
 
 
@@ -377,7 +379,7 @@ def backward(
     partial = q.new_empty(shares * chunk * call.heads * point_tile.keys * (2 * width + 2), dtype=torch.float32)
     summed = q.new_empty(units, call.heads, point_tile.keys, 2 * width + 2, dtype=torch.float32)
 
-    table_tile = tuple(block(n, 16, 64) for n in call.table_size)
+    table_tile = tuple(block(n, 16, 32 if q.dtype == torch.float32 else 64) for n in call.table_size)
     table_tiles = triton.cdiv(call.table_size[0], table_tile[0]) * triton.cdiv(call.table_size[1], table_tile[1])
     points_each = triton.cdiv(chunk * point_tile.keys, triton.cdiv(PROGRAMS, table_tiles * call.heads))
     table_shares = triton.cdiv(chunk * point_tile.keys, points_each)
@@ -403,7 +405,7 @@ def backward(
             torch.sum(partial[: shares * here.numel()].view(shares, *here.shape), dim=0, out=here)
             _table_gradient_kernel[(table_shares * table_tiles * call.heads,)](
                 d_logit, points, table_partial, first, now, points_each, *call.sizes,
-                point_tile.keys, *table_tile, block(call.height, 16, 32), block(call.width, 16, 32), table_precision,
+                point_tile.keys, *table_tile, 32, 32, table_precision,
                 num_warps=4, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
     summed = summed.view(call.batch, key_tiles, call.heads, point_tile.keys, -1).transpose(2, 3).flatten(1, 2)[:, :count]
