@@ -8,7 +8,13 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter's
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def in_all_dtypes(cases: Iterable[str]) -> pytest.MarkDecorator:
+    """Every case in float32 and bfloat16, the first in float16."""
+    first, *others = cases
+    pairs = [(first, dtype) for dtype in TOLERANCE] + [(case, dtype) for case in others for dtype in (torch.float32, torch.bfloat16)]
+    return pytest.mark.parametrize(("case", "dtype"), pairs, ids=lambda x: str(x).removeprefix("torch."))
 
 
 def with_gradients(function: Callable[..., Tensor], inputs: Iterable[Tensor], cotangent: Tensor | None = None) -> tuple[Tensor, ...]:

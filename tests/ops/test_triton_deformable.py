@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernels import DEVICE, DTYPES, assert_close_to_reference, relative_error, with_gradients
+from kernels import DEVICE, assert_close_to_reference, in_all_dtypes, relative_error, with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 from debiformer.ops import deformable_attention, reference
@@ -14,7 +14,7 @@ CASES = {
     "one column of queries": (1, 2, 1, (5, 1), 4, (9, 1), 5),
     "one query, one point": (1, 1, 1, (1, 1), 1, (1, 1), 1),
     "wide grid, small table": (1, 1, 1, (2, 40), 7, (3, 5), 16),
-    "grid below the table's": (2, 2, 1, (3, 4), 20, (13, 21), 24),
+    "grid below the table's": (1, 2, 1, (3, 4), 20, (13, 21), 24),
     "several tiles of points": (1, 1, 1, (6, 7), 70, (11, 13), 32),
 }
 
@@ -36,8 +36,7 @@ def exact(grid, scale=0.3):
     return lambda *x: reference.deformable_attention(*x, grid, scale)
 
 
-@DTYPES
-@pytest.mark.parametrize("case", CASES)
+@in_all_dtypes(CASES)
 def test_same_as_reference(case, dtype):
     inputs, grid = random_case(*CASES[case], dtype=dtype)
     assert_close_to_reference(fused(grid), exact(grid), inputs)
@@ -69,10 +68,11 @@ def test_points_far_off_see_no_bias():
 def test_gradients_of_logits_a_few_at_a_time(count, monkeypatch):
     """One tile of points of one image at a time, and few programs, must give what all at once gives."""
     from debiformer.ops.triton import deformable_attention as kernels
+    from debiformer.ops.triton import launch
 
     monkeypatch.setattr(kernels, "LOGIT_GRADIENT_BYTES", 1)
-    monkeypatch.setattr(kernels, "PROGRAMS", 3)
-    inputs, grid = random_case(2, 1, 1, (5, 7), count, (9, 13), 8)
+    monkeypatch.setattr(launch, "PROGRAMS", 3)
+    inputs, grid = random_case(2, 1, 1, (3, 7), count, (9, 13), 8)
     assert_close_to_reference(fused(grid), exact(grid), inputs)
 
 
@@ -96,7 +96,7 @@ def test_expanded_incoming_gradients(dims):
 
 
 def test_gradients_are_the_same_bits_every_time():
-    inputs, grid = random_case(2, 1, 1, (6, 7), 20, (11, 13), 16)
+    inputs, grid = random_case(1, 1, 2, (5, 6), 20, (11, 13), 16)
     first, second = (with_gradients(fused(grid), inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernels import DEVICE, DTYPES, assert_close_to_reference, relative_error, with_gradients
+from kernels import DEVICE, assert_close_to_reference, in_all_dtypes, relative_error, with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 from debiformer.ops import choose_backend, reference, routed_attention
@@ -38,8 +38,7 @@ def exact(routes, scale=0.3):
     return lambda q, k, v: reference.routed_attention(q, k, v, routes, scale)
 
 
-@DTYPES
-@pytest.mark.parametrize("case", CASES)
+@in_all_dtypes(CASES)
 def test_same_as_reference(case, dtype):
     *qkv, routes = random_case(*CASES[case], dtype=dtype)
     assert_close_to_reference(fused(routes), exact(routes), qkv)

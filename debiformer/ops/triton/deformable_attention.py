@@ -4,9 +4,8 @@ Scores are kept as [points, queries], so that neighbouring lanes read neighbouri
 rectangle of the grid: the row of the table that a point looks up is then the same for a whole row of queries. The table arrives in units of
 log2(e), padded by two cells of zeros, which stand for everything beyond its border.
 
-Backward, the gradient of the table needs that of every logit. Those are written for some tiles of points at a time, and summed into the
-table by products with matrices of hat functions: the weights of bilinear interpolation. Every sum has its place and order, so gradients
-are the same bits every time.
+Backward, the gradients of the logits are written for some tiles of points at a time, and `table_gradient.py` makes that of the table of
+them. Every sum has its place and order, so gradients are the same bits every time.
 """
 
 import torch
@@ -16,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import launch
 from .launch import LOG2E, Tile, autocast, block, dot_dtype, float32_precision, heads_last, load_rows, readable, store_rows, width_block
+from .table_gradient import TableGradient
 
 LOGIT_GRADIENT_BYTES = 32 << 20  # what the gradients of the logits may take at a time
-PROGRAMS = 1024  # enough to fill a large GPU several times over
 
 
 @triton.jit
@@ -224,69 +224,6 @@ def _point_gradient_kernel(
     tl.store(partial + row + 2 * WIDTH + 1, row_result * (-0.25 * (table_height - 1) / LOG2E), mask=there)
 
 
-@triton.jit
-def _reached(first, last, centre, step, size):
-    """The range of grid rows (or columns) whose place in the table lies between `first` and `last`."""
-    step = tl.maximum(step, 1e-6)  # a table of one row has no steps
-    begin = tl.floor(first / step + centre)
-    end = tl.ceil(last / step + centre) + 1
-    return tl.minimum(tl.maximum(begin, 0.0), size).to(tl.int32), tl.minimum(tl.maximum(end, 0.0), size).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["first_unit", "units", "points_each"])
-def _table_gradient_kernel(
-    d_logit, points, partial, first_unit, units, points_each, heads, groups, count, height, width, table_height, table_width,
-    row_step, column_step,
-    KEYS: tl.constexpr, TABLE_ROWS: tl.constexpr, TABLE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of one table, over a share of the points: the sum of hat(rows)^T d_logit hat(columns), added to what earlier units gave."""
-    across = tl.cdiv(table_width, TABLE_COLUMNS)
-    table_tiles = tl.cdiv(table_height, TABLE_ROWS) * across
-    program = tl.program_id(0)
-    tile = program % table_tiles
-    head = program // table_tiles % heads
-    share = program // table_tiles // heads
-    key_tiles = tl.cdiv(count, KEYS)
-    table_row = tile // across * TABLE_ROWS + tl.arange(0, TABLE_ROWS)
-    table_column = tile % across * TABLE_COLUMNS + tl.arange(0, TABLE_COLUMNS)
-    cell = ((share * heads + head).to(tl.int64) * table_height + table_row[:, None]) * table_width + table_column[None, :]
-    cell_there = (table_row < table_height)[:, None] & (table_column < table_width)[None, :]
-    centred_row = (table_row - table_height // 2).to(tl.float32)
-    centred_column = (table_column - table_width // 2).to(tl.float32)
-    top = (tile // across * TABLE_ROWS - table_height // 2).to(tl.float32)
-    left = (tile % across * TABLE_COLUMNS - table_width // 2).to(tl.float32)
-
-    result = tl.load(partial + cell, mask=cell_there, other=0.0)
-    for entry in range(share * points_each, tl.minimum((share + 1) * points_each, units * KEYS)):
-        unit = first_unit + entry // KEYS
-        point = unit % key_tiles * KEYS + entry % KEYS
-        if point < count:
-            image = (unit // key_tiles).to(tl.int64)
-            place = points + ((image * groups + head * groups // heads) * count + point) * 2
-            point_column = tl.load(place) * (0.25 * (table_width - 1))
-            point_row = tl.load(place + 1) * (0.25 * (table_height - 1))
-            row_begin, row_end = _reached(top - 1 + point_row, top + TABLE_ROWS + point_row, 0.5 * (height - 1), row_step, height)
-            column_begin, column_end = _reached(
-                left - 1 + point_column, left + TABLE_COLUMNS + point_column, 0.5 * (width - 1), column_step, width
-            )
-            rows_of_point = d_logit + ((entry // KEYS * heads + head).to(tl.int64) * KEYS + entry % KEYS) * (height * width)
-            for first_column in range(column_begin, column_end, COLUMNS):
-                column = first_column + tl.arange(0, COLUMNS)
-                summed_rows = tl.zeros([TABLE_ROWS, COLUMNS], tl.float32)
-                for first_row in range(row_begin, row_end, ROWS):
-                    row = first_row + tl.arange(0, ROWS)
-                    there = (row < height)[:, None] & (column < width)[None, :]
-                    tile_gradient = tl.load(rows_of_point + row[:, None] * width + column[None, :], mask=there, other=0.0)
-                    row_place = (row - 0.5 * (height - 1)) * row_step - point_row
-                    row_hat = tl.maximum(1.0 - tl.abs(row_place[None, :] - centred_row[:, None]), 0.0)
-                    summed_rows = tl.dot(row_hat, tile_gradient, summed_rows, input_precision=PRECISION)
-                column_place = (column - 0.5 * (width - 1)) * column_step - point_column
-                column_hat = tl.maximum(1.0 - tl.abs(column_place[:, None] - centred_column[None, :]), 0.0)
-                result = tl.dot(summed_rows, column_hat, result, input_precision=PRECISION)
-    tl.store(partial + cell, result, mask=cell_there)
-
-
 # Tiles by dtype, width and the number of points; compiled without spills, not yet timed.
 
 
@@ -364,7 +301,6 @@ def backward(
     d_q, delta = heads_last(q), torch.empty_like(lse)
     strides = q.stride(), k.stride(), v.stride(), out.stride(), d_out.stride(), d_q.stride()
     one_tile = count <= point_tile.keys
-    table_precision = float32_precision() if q.dtype == torch.float32 else "tf32"
 
     # A unit is a tile of points of an image; `chunk` of them are worked on at a time, each by `shares` programs for every head.
     key_tiles = triton.cdiv(count, point_tile.keys)
@@ -372,19 +308,13 @@ def backward(
     unit_bytes = call.heads * point_tile.keys * q.shape[2] * 4
     chunk = min(max(LOGIT_GRADIENT_BYTES // unit_bytes, 1), units)
     tiles = call.tiles(point_tile.queries)
-    tiles_each = triton.cdiv(tiles, triton.cdiv(PROGRAMS, chunk * call.heads))
+    tiles_each = triton.cdiv(tiles, triton.cdiv(launch.PROGRAMS, chunk * call.heads))
     shares = triton.cdiv(tiles, tiles_each)
-    # In float32, as are the products: the gradients of a query's logits sum to zero, and half precision loses what neighbours leave.
     d_logit = q.new_empty(chunk, call.heads, point_tile.keys, q.shape[2], dtype=torch.float32)
     partial = q.new_empty(shares * chunk * call.heads * point_tile.keys * (2 * width + 2), dtype=torch.float32)
     summed = q.new_empty(units, call.heads, point_tile.keys, 2 * width + 2, dtype=torch.float32)
 
-    table_tile = tuple(block(n, 16, 32 if q.dtype == torch.float32 else 64) for n in call.table_size)
-    table_tiles = triton.cdiv(call.table_size[0], table_tile[0]) * triton.cdiv(call.table_size[1], table_tile[1])
-    points_each = triton.cdiv(chunk * point_tile.keys, triton.cdiv(PROGRAMS, table_tiles * call.heads))
-    table_shares = triton.cdiv(chunk * point_tile.keys, points_each)
-    table_partial = q.new_zeros(table_shares, call.heads, *call.table_size, dtype=torch.float32)
-
+    table_gradient = TableGradient(points, call.sizes, chunk, point_tile.keys, q.dtype)
     with torch.cuda.device_of(q):
         if not one_tile:
             query_tiles = call.tiles(query_tile.queries)
@@ -403,16 +333,12 @@ def backward(
             )  # fmt: skip
             here = summed[first : first + now]
             torch.sum(partial[: shares * here.numel()].view(shares, *here.shape), dim=0, out=here)
-            _table_gradient_kernel[(table_shares * table_tiles * call.heads,)](
-                d_logit, points, table_partial, first, now, points_each, *call.sizes,
-                point_tile.keys, *table_tile, 32, 32, table_precision,
-                num_warps=4, num_stages=1, enable_fp_fusion=True,
-            )  # fmt: skip
+            table_gradient.add(d_logit, first, now)
     summed = summed.view(call.batch, key_tiles, call.heads, point_tile.keys, -1).transpose(2, 3).flatten(1, 2)[:, :count]
     keys, values, d_points = summed.transpose(1, 2).split([width, width, 2], dim=-1)  # (B, H, M, ...)
     d_k, d_v = heads_last(k).copy_(keys), heads_last(v).copy_(values)
     d_points = d_points.unflatten(1, (call.groups, -1)).sum(2).contiguous().to(points_dtype)
-    return d_q, d_k, d_v, d_points, table_partial.sum(0).to(table.dtype)
+    return d_q, d_k, d_v, d_points, table_gradient.sum().to(table.dtype)
 
 
 @torch.library.custom_op("debiformer::deformable_attention", mutates_args=())

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)  # kernels use exp2, which the hardware has
+PROGRAMS = 1024  # enough to fill a large GPU several times over
 _DOT_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
