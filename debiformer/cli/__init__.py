@@ -31,6 +31,7 @@ COMMANDS = {
     "test": Command("evaluate a checkpoint on the test images", "training:test", ("train",)),
     "predict": Command("label images with a checkpoint", "labelling:run", ("train",)),
     "models": Command("list the presets with their parameters and MACs", "models:run"),
+    "bench": Command("compare the speed of timm models side by side: MODEL...", "bench:run"),
     "convert": Command("translate a published checkpoint: IN.pth OUT.safetensors", "convert:run"),
 }
 
