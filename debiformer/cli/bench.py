@@ -72,8 +72,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="debiformer bench",
         description="Compare the speed of timm models, those of this library and all others, by medians of alternated rounds.",
-        epilog="GMACs: multiply-adds per image, counted on the definition of each operation whatever way it runs; a training step counts as "
-        f"{TRAINING_FACTOR} forward passes. Ratio: images per second relative to the first model.",
+        epilog="GMACs: multiply-adds per image, counted on the definition of each operation, however it runs; a training step counts "
+        f"as {TRAINING_FACTOR} forward passes. Ratio: images per second relative to the first model.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names as timm.create_model takes them, such as debiformer_small")
     parser.add_argument("--batch-size", type=at_least_one, default=8, help="images per batch (default 8)")
