@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_function
-from timm.models import build_model_with_cfg, checkpoint_seq, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, checkpoint_seq, reparameterize_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -135,6 +135,31 @@ class Pyramid(nn.Module):
         """Trade time for memory: keep only the borders of blocks for the backward pass."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def fuse_for_inference(self) -> "Pyramid":
+        """Fold the batch norms of stem and downsampling into their convolutions, in place and exactly; returns the model.
+
+        Names of parameters change with it: load weights before, and keep the checkpoint as it was.
+
+        Raises:
+            RuntimeError: In training mode, where the norms depend on the batch.
+        """
+        return reparameterize_model(self, inplace=True)
+
+    @torch.jit.ignore
+    def compile_blocks(self, **options: Any) -> "Pyramid":
+        """Compile every block rather than the whole, in place; returns the model.
+
+        The blocks of a stage share their graphs, so that a deep model compiles in the time of a few blocks.
+
+        Args:
+            options: As `torch.compile` takes them; `fullgraph` is True where it is not given.
+        """
+        for stage in self.stages:
+            for block in stage.blocks:
+                block.compile(**({"fullgraph": True} | options))
+        return self
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -1,12 +1,14 @@
 """Deformable attention: a map sampled at learned points, and the attention of every pixel to those samples."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .backends import choose_backend, requested_backend
-from .chunks import over_chunks
+from .chunks import is_compiling_inference, over_chunks
 from .observation import report
 
 
@@ -60,6 +62,20 @@ def _sample_rows(x: Tensor, points: Tensor) -> Tensor:
 
 
 def _sample(x: Tensor, points: Tensor) -> Tensor:
+    return _opaque_samples(x, points) if is_compiling_inference() else _samples(x, points)
+
+
+@torch.library.custom_op("debiformer::eager_sample_points", mutates_args=())
+def _opaque_samples(x: Tensor, points: Tensor) -> Tensor:
+    return _samples(x, points).contiguous()
+
+
+@_opaque_samples.register_fake
+def _(x: Tensor, points: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], points.shape[2], points.shape[3], x.shape[3])
+
+
+def _samples(x: Tensor, points: Tensor) -> Tensor:
     # grid_sample reads map and points in one precision; the gathers leave a half-precision map as it is, however large.
     return reference.sample_points(x, points) if x.dtype == points.dtype else _sample_rows(x, points)
 
@@ -126,6 +142,23 @@ def position_bias(points: Tensor, bias_table: Tensor, grid_size: tuple[int, int]
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int], scale: float) -> Tensor:
+    if is_compiling_inference():
+        return _opaque(q, k, v, points, bias_table, *grid_size, scale)
+    return _attend(q, k, v, points, bias_table, grid_size, scale)
+
+
+@torch.library.custom_op("debiformer::eager_deformable_attention", mutates_args=())
+def _opaque(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, height: int, width: int, scale: float) -> Tensor:
+    return _attend(q, k, v, points, bias_table, (height, width), scale).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@_opaque.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, height: int, width: int, scale: float) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    return q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int], scale: float) -> Tensor:
     def attend(rows: slice) -> Tensor:
         bias = position_bias(points, bias_table, grid_size, rows).to(q.dtype)
         return F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=bias, scale=scale).transpose(1, 2)
@@ -140,25 +173,26 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor,
     return fused(q, k, v, points, bias_table, grid_size, scale)
 
 
-IMPLEMENTATIONS = {"triton": _triton, "eager": _eager, "reference": reference.deformable_attention}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"triton": _triton, "eager": _eager, "reference": reference.deformable_attention}
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int]) -> None:
-    shapes = (
-        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, points {tuple(points.shape)}, bias_table {tuple(bias_table.shape)}"
-    )
+    def shapes() -> str:
+        given = {"q": q, "k": k, "v": v, "points": points, "bias_table": bias_table}
+        return ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
+
     if not q.ndim == k.ndim == v.ndim == points.ndim == 4 or bias_table.ndim != 3:
-        raise ValueError(f"expected q (B, H, N, D), k and v (B, H, M, D), points (B, G, M, 2), bias_table (H, rows, columns); got {shapes}")
+        raise ValueError(f"expected q (B, H, N, D), k and v (B, H, M, D), points (B, G, M, 2), bias_table (H, rows, columns); got {shapes()}")
     if k.shape[:-1] != v.shape[:-1] or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q, k and v must agree in B and H, q and k in D, and k and v in M; got {shapes}")
+        raise ValueError(f"q, k and v must agree in B and H, q and k in D, and k and v in M; got {shapes()}")
     if (
         (points.shape[0], points.shape[2], points.shape[3]) != (k.shape[0], k.shape[2], 2)
         or not points.shape[1]
         or q.shape[1] % points.shape[1]
     ):
-        raise ValueError(f"points must be (B, G, M, 2) with the B and M of k, and G dividing the heads; got {shapes}")
+        raise ValueError(f"points must be (B, G, M, 2) with the B and M of k, and G dividing the heads; got {shapes()}")
     if bias_table.shape[0] != q.shape[1] or not (bias_table.shape[1] % 2 and bias_table.shape[2] % 2):
-        raise ValueError(f"bias_table must hold one table of odd height and width for each of the {q.shape[1]} heads; got {shapes}")
+        raise ValueError(f"bias_table must hold one table of odd height and width for each of the {q.shape[1]} heads; got {shapes()}")
     if not (points.is_floating_point() and bias_table.is_floating_point()):
         raise ValueError(f"points and bias_table must be floating-point; got {points.dtype}, {bias_table.dtype}")
     if not isinstance(grid_size, list | tuple) or len(grid_size) != 2 or min(grid_size) < 1 or grid_size[0] * grid_size[1] != q.shape[2]:

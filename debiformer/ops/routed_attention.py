@@ -1,5 +1,7 @@
 """Routed attention: queries of a region attend to the tokens of the regions it is routed to, and to nothing else."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import reference
 from .backends import choose_backend
-from .chunks import CHUNK, over_chunks
+from .chunks import CHUNK, is_compiling_inference, over_chunks
 from .observation import report
 
 # Gathering one token's key and value costs as much as attending to this many more: measured on CPUs, where it ranges from 20 to 30.
@@ -53,6 +55,24 @@ def routed_attention(
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, route_weights: Tensor | None) -> Tensor:
+    if is_compiling_inference():
+        return _opaque(q, k, v, routes, scale, route_weights)
+    return _attend(q, k, v, routes, scale, route_weights)
+
+
+@torch.library.custom_op("debiformer::eager_routed_attention", mutates_args=())
+def _opaque(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, route_weights: Tensor | None) -> Tensor:
+    out = _attend(q, k, v, routes, scale, route_weights)
+    return out.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4)
+
+
+@_opaque.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, route_weights: Tensor | None) -> Tensor:
+    batch, heads, regions, tokens, _ = q.shape
+    return q.new_empty(batch, regions, tokens, heads, v.shape[4]).permute(0, 3, 1, 2, 4)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, route_weights: Tensor | None) -> Tensor:
     if routes is None:  # every token attends to every token
         return _dense(q, k, v, None, scale)
     tokens, key_regions, topk = q.shape[3], k.shape[2], routes.shape[2]
@@ -103,16 +123,18 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, scale: float, route
     return fused(q, k, v, routes, scale)
 
 
-IMPLEMENTATIONS = {"triton": _triton, "eager": _eager, "reference": reference.routed_attention}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"triton": _triton, "eager": _eager, "reference": reference.routed_attention}
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, route_weights: Tensor | None) -> None:
-    given = {"q": q, "k": k, "v": v, "routes": routes, "route_weights": route_weights}
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items() if x is not None)
+    def shapes() -> str:
+        given = {"q": q, "k": k, "v": v, "routes": routes, "route_weights": route_weights}
+        return ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items() if x is not None)
+
     if not q.ndim == k.ndim == v.ndim == 5 or (routes is not None and routes.ndim != 3):
-        raise ValueError(f"expected q (B, H, R, T, D), k and v (B, H, R', T', D), routes (B, R, K); got {shapes}")
+        raise ValueError(f"expected q (B, H, R, T, D), k and v (B, H, R', T', D), routes (B, R, K); got {shapes()}")
     if k.shape[:-1] != v.shape[:-1] or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q, k and v must agree in B and H, q and k in D, and k and v in R' and T'; got {shapes}")
+        raise ValueError(f"q, k and v must agree in B and H, q and k in D, and k and v in R' and T'; got {shapes()}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must share one floating-point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
@@ -122,13 +144,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, route_weights
             raise ValueError(f"route_weights {tuple(route_weights.shape)} without routes")
         return
     if (routes.shape[0], routes.shape[1]) != (q.shape[0], q.shape[2]):
-        raise ValueError(f"routes must be (B, R, K) with the B and R of q; got {shapes}")
+        raise ValueError(f"routes must be (B, R, K) with the B and R of q; got {shapes()}")
     if routes.device != q.device:
         raise ValueError(f"routes must be on the device of q; got {routes.device} and {q.device}")
     if routes.dtype != torch.int64:
         raise ValueError(f"routes must be int64 indices of regions; got {routes.dtype}")
     if routes.shape[2] < 1 or (route_weights is not None and route_weights.shape != routes.shape):
-        raise ValueError(f"routes (B, R, K) need K of at least 1, and route_weights their shape; got {shapes}")
+        raise ValueError(f"routes (B, R, K) need K of at least 1, and route_weights their shape; got {shapes()}")
     if routes.device.type == "cpu" and not torch.compiler.is_compiling() and routes.numel():
         # A route past the end would silently read the next image of the batch.
         low, high = (int(bound) for bound in torch.aminmax(routes))

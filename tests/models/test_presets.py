@@ -232,3 +232,21 @@ def test_torchvision_extracts_features():
         out = extractor(x)
         assert torch.equal(out["logits"], model(x))
         assert torch.equal(out["s"], model.forward_intermediates(x, intermediates_only=True)[1])
+
+
+@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny", "biformer_stl"])
+def test_fusing_changes_the_norms_and_not_the_logits(name):
+    model = timm.create_model(name, num_classes=7).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values in (module.weight, module.bias, module.running_mean, module.running_var):
+                torch.nn.init.uniform_(values, 0.5, 1.5)
+    with pytest.raises(RuntimeError, match=r"model\.eval\(\) first"):
+        model.fuse_for_inference()
+    x = torch.randn(2, 3, 70, 90, dtype=torch.float64)
+    with torch.no_grad():
+        logits = model.eval()(x)
+        assert model.fuse_for_inference() is model
+        torch.testing.assert_close(model(x), logits)
+    remaining = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert remaining == [model.norm]
