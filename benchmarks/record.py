@@ -19,9 +19,11 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def save(name: str, results: Any) -> Path:
-    """Write results beside the machine, the versions and the date."""
+def save(name: str, results: Any, gpu: str | None = None) -> Path:
+    """Write results beside the machine, the versions and the date; results of a GPU go by its name too."""
     machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    if gpu:
+        machine["gpu"] = gpu
     versions = {package: version(package) for package in PACKAGES}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
