@@ -241,7 +241,7 @@ def _point_tile(dtype: torch.dtype, width: int, count: int) -> Tile:
     """Up to 64 points fit one tile, which saves the pass over the queries."""
     if dtype == torch.float32 or width > 64:
         return Tile(queries=16, keys=32, num_warps=4, num_stages=1)
-    return Tile(queries=32, keys=64 if count > 32 else 32, num_warps=4, num_stages=1)
+    return Tile(queries=16 if width > 32 else 32, keys=64 if count > 32 else 32, num_warps=4, num_stages=1)
 
 
 class _Geometry:

@@ -161,7 +161,7 @@ def _tile(queries: int, keys: int, dtype: torch.dtype, width: int, results: int 
     largest = 32 if single or width > 64 else 64
     queries, keys = block(queries, 16, largest), block(keys, 16, largest)
     share = (256 if single or width > 64 else 1024) // results  # logits of a warp
-    return Tile(queries, keys, num_warps=block(queries * keys // share, 1, 4), num_stages=2)
+    return Tile(queries, keys, num_warps=block(queries * keys // share, 1, 4), num_stages=1 if single else 2)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, scale: float, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
