@@ -17,7 +17,7 @@ import memory
 import torch
 from fresh import call
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from record import RESULTS, save
 
 from debiformer.cli import bench
@@ -68,6 +68,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
         axis.xaxis.set_minor_locator(NullLocator())
         for numbers in (axis.xaxis, axis.yaxis):
             numbers.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False)
     figure.savefig(RESULTS / "scaling.png", dpi=150)
