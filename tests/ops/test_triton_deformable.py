@@ -143,3 +143,11 @@ def test_float_operations_are_counted():
     with FlopCounterMode(display=False) as counter:
         with_gradients(fused(grid), inputs)
     assert counter.get_total_flops() == (2 + 5) * 2 * (2 * 2 * 12) * 5 * 8
+
+
+def test_an_empty_batch_stays_empty():
+    inputs, grid = random_case(1, 1, 2, (3, 4), 5, (5, 7), 8)
+    inputs = [x[:0] for x in inputs[:4]] + [inputs[4]]
+    found = with_gradients(fused(grid), inputs)
+    assert [x.shape for x in found] == [inputs[0].shape, *(x.shape for x in inputs)]
+    assert not found[-1].any()

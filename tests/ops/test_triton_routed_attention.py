@@ -148,3 +148,8 @@ def test_all_regions_routed_to_is_dense_attention():
     out = routed_attention(q, k, v, None, backend="triton")
     everywhere = torch.arange(3, device=DEVICE).expand(1, 3, 3)
     torch.testing.assert_close(out, routed_attention(q, k, v, everywhere, backend="triton"))
+
+
+def test_an_empty_batch_stays_empty():
+    *qkv, routes = (x[:0] for x in random_case(1, 2, 3, 4, 3, 5, 2, 8))
+    assert [x.shape for x in with_gradients(fused(routes), qkv)] == [qkv[0].shape, *(x.shape for x in qkv)]

@@ -224,10 +224,8 @@ def _point_gradient_kernel(
     tl.store(partial + row + 2 * WIDTH + 1, row_result * (-0.25 * (table_height - 1) / LOG2E), mask=there)
 
 
-# Tiles by dtype, width and the number of points; compiled without spills, not yet timed.
-
-
 def _forward_tile(dtype: torch.dtype, width: int, count: int) -> Tile:
+    """These tiles compile without spills at the models' width, and are not yet timed."""
     if dtype == torch.float32 or width > 64:
         return Tile(queries=32, keys=32, num_warps=4, num_stages=1)
     return Tile(queries=32, keys=64, num_warps=4, num_stages=1) if count <= 64 else Tile(queries=64, keys=32, num_warps=8, num_stages=1)
@@ -306,7 +304,7 @@ def backward(
     key_tiles = triton.cdiv(count, point_tile.keys)
     units = call.batch * key_tiles
     unit_bytes = call.heads * point_tile.keys * q.shape[2] * 4
-    chunk = min(max(LOGIT_GRADIENT_BYTES // unit_bytes, 1), units)
+    chunk = max(min(LOGIT_GRADIENT_BYTES // unit_bytes, units), 1)
     tiles = call.tiles(point_tile.queries)
     tiles_each = triton.cdiv(tiles, triton.cdiv(launch.PROGRAMS, chunk * call.heads))
     shares = triton.cdiv(tiles, tiles_each)
@@ -334,7 +332,7 @@ def backward(
             here = summed[first : first + now]
             torch.sum(partial[: shares * here.numel()].view(shares, *here.shape), dim=0, out=here)
             table_gradient.add(d_logit, first, now)
-    summed = summed.view(call.batch, key_tiles, call.heads, point_tile.keys, -1).transpose(2, 3).flatten(1, 2)[:, :count]
+    summed = summed.view(call.batch, key_tiles, *summed.shape[1:]).transpose(2, 3).flatten(1, 2)[:, :count]
     keys, values, d_points = summed.transpose(1, 2).split([width, width, 2], dim=-1)  # (B, H, M, ...)
     d_k, d_v = heads_last(k).copy_(keys), heads_last(v).copy_(values)
     d_points = d_points.unflatten(1, (call.groups, -1)).sum(2).contiguous().to(points_dtype)
