@@ -44,10 +44,10 @@ def training(names: list[str], device: str, rounds: int) -> Rows:
     """Forward and backward pass in training mode against the twin's, float32."""
     rows = []
     for name in names:
-        model, twin = (m.train() for m in pair(name, device))
+        model, twin = pair(name, device)
         models, x = {"twin": twin, "eager": model}, images(BATCH, device=device)
         error = check_equal(models, x)
-        runs = {form: bench.training(m, x) for form, m in models.items()}
+        runs = {form: bench.training(m.train(), x) for form, m in models.items()}
         rows.append({"model": name, "batch": BATCH} | ratios(bench.alternate(runs, rounds, progress=True), "twin") | {"error": error})
     return rows
 
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     on_gpu = options.device != "cpu"
+    name = "_".join(["models", *([options.only] if options.only else []), *(["gpu"] if on_gpu else [])])
     results: dict[str, Rows] = {}
     for part in [options.only] if options.only else PARTS:
         case = dict(part=part, names=options.models or MODELS[part], device=options.device, threads=options.threads, rounds=options.rounds)
@@ -130,8 +131,8 @@ def main() -> None:
             rows = [({} if on_gpu else {"allocator": allocator}) | row for row in call(__file__, case, allocator)]
             print(f"\n{part}\n{bench.table(rows)}", flush=True)
             results[part] += rows
-    name = "_".join(["models", *([options.only] if options.only else []), *(["gpu"] if on_gpu else [])])
-    print(save(name, results, gpu=torch.cuda.get_device_name(options.device) if on_gpu else None))
+        path = save(name, results, gpu=torch.cuda.get_device_name(options.device) if on_gpu else None)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Patch embedding and downsampling between stages; all on maps (B, C, H, W)."""
 
+from copy import deepcopy
 from itertools import pairwise
 
 import torch
@@ -28,12 +29,13 @@ class ConvNorm(nn.Sequential):
 @torch.no_grad()
 def fuse_bn_conv_eval(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     """A convolution without padding that does what `norm` and then `conv` do."""
-    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-    shift = norm.bias - norm.running_mean * factor
-    fused = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, device=factor.device, dtype=factor.dtype)
-    fused.weight.copy_(conv.weight * factor[:, None, None])
-    fused.bias.copy_(conv.bias + torch.einsum("oihw,i->o", conv.weight, shift))
-    return fused.eval()
+    of_norm, fused = norm.state_dict(), deepcopy(conv)
+    factor = of_norm["weight"] / (of_norm["running_var"] + norm.eps).sqrt()
+    shift = of_norm["bias"] - of_norm["running_mean"] * factor
+    of_conv = fused.state_dict()  # in the memory of the parameters
+    of_conv["bias"].add_(torch.einsum("oihw,i->o", of_conv["weight"], shift))
+    of_conv["weight"].mul_(factor[:, None, None])
+    return fused
 
 
 class ConvStem(ConvNorm):

@@ -13,7 +13,7 @@ from ..layers import ConvDownsample, ConvFeedForward, ConvStem
 from ..layers.region_routing import RegionRouting
 from ..ops.regions import Grid, as_grid
 from .checkpoints import checkpoint_filter_fn, missing_weights, read_checkpoint, to_our_names
-from .stages import Stage, build_blocks
+from .stages import Block, Stage, build_blocks
 
 BIAS_IMAGE_SIZE = 224  # bias tables hold one entry for each displacement at this input size, and are interpolated at others
 
@@ -145,7 +145,8 @@ class Pyramid(nn.Module):
         Raises:
             RuntimeError: In training mode, where the norms depend on the batch.
         """
-        return reparameterize_model(self, inplace=True)
+        reparameterize_model(self, inplace=True)
+        return self
 
     @torch.jit.ignore
     def compile_blocks(self, **options: Any) -> "Pyramid":
@@ -156,8 +157,8 @@ class Pyramid(nn.Module):
         Args:
             options: As `torch.compile` takes them; `fullgraph` is True where it is not given.
         """
-        for stage in self.stages:
-            for block in stage.blocks:
+        for block in self.stages.modules():
+            if isinstance(block, Block):
                 block.compile(**({"fullgraph": True} | options))
         return self
 

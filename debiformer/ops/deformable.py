@@ -182,7 +182,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, 
         return ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
 
     if not q.ndim == k.ndim == v.ndim == points.ndim == 4 or bias_table.ndim != 3:
-        raise ValueError(f"expected q (B, H, N, D), k and v (B, H, M, D), points (B, G, M, 2), bias_table (H, rows, columns); got {shapes()}")
+        raise ValueError(
+            f"expected q (B, H, N, D), k and v (B, H, M, D), points (B, G, M, 2), bias_table (H, rows, columns); got {shapes()}"
+        )
     if k.shape[:-1] != v.shape[:-1] or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q, k and v must agree in B and H, q and k in D, and k and v in M; got {shapes()}")
     if (

@@ -26,9 +26,7 @@ def route(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return routes[..., :topk], affinities[..., :topk]
 
 
-def routed_attention(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, route_weights: Tensor | None = None
-) -> Tensor:
+def routed_attention(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, route_weights: Tensor | None = None) -> Tensor:
     """Softmax attention (B, H, R, T, D) of each region's queries over all tokens of its routed regions together; None is every region."""
     if routes is None:
         routes = torch.arange(k.shape[2], device=k.device).expand(q.shape[0], q.shape[2], -1)

@@ -1,0 +1,54 @@
+"""Whole models compile without a graph break, and their blocks share graphs."""
+
+import pytest
+import timm
+import torch
+from torch._dynamo.testing import CompileCounter
+
+
+def images(batch, height, width):
+    return torch.randn(batch, 3, height, width)
+
+
+@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny", "biformer_stl"])
+def test_a_whole_model_is_one_graph(name):
+    torch.compiler.reset()
+    model, counter = timm.create_model(name, num_classes=5).eval(), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = images(2, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 1
+
+
+def test_training_compiles_to_the_same_gradients():
+    torch.compiler.reset()
+    model = timm.create_model("debiformer_nano", num_classes=5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = images(2, 64, 96)
+    gradients = []
+    for run in (model, compiled):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for eager, graph in zip(*gradients, strict=True):
+        torch.testing.assert_close(graph, eager, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_of_a_stage_share_a_graph_and_graphs_serve_other_sizes():
+    torch.compiler.reset()
+    model, counter = timm.create_model("biformer_tiny", num_classes=5).eval(), CompileCounter()
+    plain = timm.create_model("biformer_tiny", num_classes=5).eval()
+    plain.load_state_dict(model.state_dict())
+    assert model.compile_blocks(backend=counter) is model
+    with torch.no_grad():
+        x = images(2, 64, 96)
+        torch.testing.assert_close(model(x), plain(x))
+        assert counter.frame_count == 4  # 14 blocks in four stages
+        for size in ((3, 96, 64), (2, 100, 130)):
+            x = images(*size)
+            torch.testing.assert_close(model(x), plain(x))
+        frames = counter.frame_count
+        x = images(4, 120, 70)
+        torch.testing.assert_close(model(x), plain(x))
+        assert counter.frame_count == frames
