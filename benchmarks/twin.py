@@ -135,7 +135,7 @@ MIXERS = {
 
 
 class Twin(nn.Module):
-    """The plain form of a backbone, on the same parameters. Images (B, C, H, W) -> logits, or the final map of a model without a classifier."""
+    """The plain form of a backbone, on the same parameters. Images (B, C, H, W) -> logits."""
 
     def __init__(self, model: Pyramid) -> None:
         super().__init__()

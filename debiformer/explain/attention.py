@@ -105,7 +105,7 @@ class Trace:
         soft = None if call["route_weights"] is None else call["route_weights"][image : image + 1, region : region + 1]
         everything = torch.arange(len(routes), device=routes.device)[None, None]
         values = _identity(k.flatten(2, 3)).unflatten(2, k.shape[2:4])
-        weights = routed_attention(q, k, values, everything, scale=call["scale"], route_weights=soft).mean(1)[0, 0]
+        weights = routed_attention(q, k, values, everything, scale=call["scale"], route_weights=soft, backend="eager").mean(1)[0, 0]
         out = weights.new_zeros(weights.shape[0], call["k"].shape[2], k.shape[3])
         return out.index_copy(1, routes, weights.unflatten(1, k.shape[2:4]))
 
@@ -114,7 +114,7 @@ class Trace:
         self._check(image)
         call = self._deformable()
         one = {name: call[name][image : image + 1] for name in ("q", "k", "points")}
-        return deformable_attention(**call | one | {"v": _identity(one["k"])}).mean(1)[0]
+        return deformable_attention(**call | one | {"v": _identity(one["k"])}, backend="eager").mean(1)[0]
 
     def _check(self, image: int) -> None:
         images = len(self.routed["routes"])

@@ -138,7 +138,7 @@ def position_bias(points: Tensor, bias_table: Tensor, grid_size: tuple[int, int]
     half_displacement = (queries - 0.5 * points.flatten(0, 1).flatten(1).unsqueeze(1)).unflatten(2, (count, 2))
     # grid_sample shares its work among threads by image alone: a table for each.
     tables = bias_table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    return F.grid_sample(tables, half_displacement, align_corners=True).view(batch, bias_table.shape[0], -1, count)
+    return F.grid_sample(tables, half_displacement, align_corners=True).unflatten(0, (batch, groups)).flatten(1, 2)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int], scale: float) -> Tensor:
