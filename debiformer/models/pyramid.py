@@ -1,6 +1,7 @@
 """The four-stage skeleton of every backbone here, with the whole timm backbone interface, written once."""
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -157,9 +158,12 @@ class Pyramid(nn.Module):
         Args:
             options: As `torch.compile` takes them; `fullgraph` is True where it is not given.
         """
+        defaults: dict[str, Any] = {"fullgraph": True}
+        if "recompile_limit" in signature(torch.compile).parameters:  # PyTorch's default of 8 is for one model, not for every kind of block
+            defaults["recompile_limit"] = 64
         for block in self.stages.modules():
             if isinstance(block, Block):
-                block.compile(**({"fullgraph": True} | options))
+                block.compile(**(defaults | options))
         return self
 
     @torch.jit.ignore
