@@ -5,6 +5,8 @@ import timm
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import debiformer  # noqa: F401  # registers the presets
+
 
 def images(batch, height, width):
     return torch.randn(batch, 3, height, width)
