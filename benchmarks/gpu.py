@@ -204,7 +204,7 @@ def main() -> None:
         print(f"\n{part}", flush=True)
         rows = PARTS[part](TOY if options.toy else REAL, options.device)
         if not options.toy:
-            print(save(f"gpu_{part}", rows, gpu=torch.cuda.get_device_name(options.device)))
+            print(save(f"gpu_{part}", rows, options.device))
 
 
 if __name__ == "__main__":

@@ -140,9 +140,7 @@ def main() -> None:
         rows.append(compare(name, options.device, options.threads))
     print(bench.table(rows))
     if not options.only:
-        on_gpu = options.device != "cpu"
-        gpu = torch.cuda.get_device_name(options.device) if on_gpu else None
-        print(save("memory_gpu" if on_gpu else "memory", rows, gpu=gpu))
+        print(save("memory" if options.device == "cpu" else "memory_gpu", rows, options.device))
 
 
 if __name__ == "__main__":

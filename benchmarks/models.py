@@ -142,7 +142,7 @@ def main() -> None:
             rows = [({} if on_gpu else {"allocator": allocator}) | row for row in call(__file__, case, allocator)]
             print(f"\n{part}\n{bench.table(rows)}", flush=True)
             results[part] += rows
-        path = save(name, results, gpu=torch.cuda.get_device_name(options.device) if on_gpu else None)
+        path = save(name, results, options.device)
     print(path)
 
 

@@ -143,8 +143,7 @@ def main() -> None:
             rows += [shapes | row for row in compare(operation, arguments, options.rounds)]
     for operation in FORMS:
         print(bench.table([row for row in rows if row["operation"] == operation]), "\n")
-    on_gpu = options.device != "cpu"
-    print(save("ops_gpu" if on_gpu else "ops", rows, gpu=torch.cuda.get_device_name(options.device) if on_gpu else None))
+    print(save("ops" if options.device == "cpu" else "ops_gpu", rows, options.device))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning")
 
@@ -19,11 +21,11 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def save(name: str, results: Any, gpu: str | None = None) -> Path:
+def save(name: str, results: Any, device: str = "cpu") -> Path:
     """Write results beside the machine, the versions and the date; results of a GPU go by its name too."""
     machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
-    if gpu:
-        machine["gpu"] = gpu
+    if device != "cpu":
+        machine["gpu"] = torch.cuda.get_device_name(device)
     versions = {package: version(package) for package in PACKAGES}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

@@ -14,7 +14,6 @@ import matplotlib
 
 matplotlib.use("agg")
 import memory
-import torch
 from fresh import call
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
@@ -87,7 +86,7 @@ def main() -> None:
     rows = [row for name in MODELS for row in sweep(name, options.sizes, options.device, options.threads)]
     print(bench.table(rows))
     if options.device != "cpu":
-        print(save("scaling_gpu", rows, gpu=torch.cuda.get_device_name(options.device)))
+        print(save("scaling_gpu", rows, options.device))
         return None
     print(save("scaling", rows))
     return plot(rows)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..models import PRESETS
 from ..nearest import did_you_mean
 from ..ops import use_backend
+from .arguments import at_least_one
 
 WARMUP = 2  # rounds that are not counted: caches fill, and cuDNN and oneDNN choose their algorithms
 TRAINING_FACTOR = 3  # multiply-adds of a training step: the gradients of inputs and of weights take a forward pass each
@@ -103,13 +104,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.json and not options.json.parent.is_dir():
         raise FileNotFoundError(f"--json {options.json}: there is no folder {options.json.parent}")
     return options
-
-
-def at_least_one(text: str) -> int:
-    """A whole number from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
 
 
 def model_arguments(name: str, image_size: Sequence[int], region_grid: int | None = None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from ..data.images import UnreadableImage, eval_transform, find_images, read_image
 from ..tasks.prediction import PREPROCESSING, Prediction, load_classifier, predict
+from .arguments import at_least_one
 
 
 def run(arguments: list[str]) -> int:
@@ -62,13 +63,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", default=32, type=at_least_one, help="images in memory at a time (default 32)")
     parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     return parser.parse_args(arguments)
-
-
-def at_least_one(text: str) -> int:
-    """A whole number from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
 
 
 def device(text: str) -> torch.device:

@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import timm
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import PRESETS
-from ..ops import use_backend
+from .bench import count
 
 
 class Row(NamedTuple):
@@ -23,16 +21,11 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    """Every preset, measured on a model without storage."""
+    """Every preset, at the input size of its config."""
     for name in PRESETS:
-        with torch.device("meta"):
-            model = timm.create_model(name).eval()
-            cfg: Any = model.pretrained_cfg
-            # The plain form: faster ones trade some multiplications for less copying.
-            with use_backend("reference"), FlopCounterMode(display=False) as counter:
-                model(torch.empty(1, *cfg["input_size"]))
-        parameters = sum(p.numel() for p in model.parameters())
-        yield Row(name, parameters / 1e6, counter.get_total_flops() / 2e9, cfg["input_size"][-1], cfg["description"])
+        cfg: Any = timm.get_pretrained_cfg(name)
+        parameters, macs = count(name, cfg.input_size[1:])
+        yield Row(name, parameters / 1e6, macs / 1e9, cfg.input_size[-1], cfg.description)
 
 
 def run(arguments: list[str]) -> int:

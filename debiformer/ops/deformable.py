@@ -25,7 +25,8 @@ def sample_points(x: Tensor, points: Tensor, *, backend: str = "auto") -> Tensor
         x: Feature map (B, H, W, C).
         points: Points (B, G, h, w, 2) as (x, y), where -1 and 1 are the centres of the border pixels. Group g reads the g-th of G equal
             slices of the channels.
-        backend: "auto", "eager" (four gathers of whole tokens) or "reference"; "triton", which has no kernel for this, is "eager" here.
+        backend: "auto", "eager" (`grid_sample`; gathers of whole tokens where the map is less precise than the points) or "reference";
+            "triton", which has no kernel for this, is "eager" here.
 
     Returns:
         Samples (B, h, w, C).

@@ -48,6 +48,15 @@ def _corners(table, rows, columns, table_height, table_width):
 
 
 @triton.jit
+def _bias(table, rows, columns, table_height, table_width):
+    """The table, read bilinearly at places counted from its centre."""
+    top_left, top_right, bottom_left, bottom_right, down, right = _corners(table, rows, columns, table_height, table_width)
+    top = top_left + (top_right - top_left) * right
+    bottom = bottom_left + (bottom_right - bottom_left) * right
+    return top + (bottom - top) * down
+
+
+@triton.jit
 def _load_points(points, point, there, table_height, table_width):
     """How far from the table's centre the points are, in its rows and columns, seen from the centre of the grid."""
     x = tl.load(points + 2 * point, mask=there, other=0.0)
@@ -83,12 +92,7 @@ def _forward_kernel(
         point_row, point_column = _load_points(points, point, there, table_height, table_width)
         keys = load_rows(k, point * k_strides[2], there, WIDTH, WIDTH_BLOCK, DOT)
         values = load_rows(v, point * v_strides[2], there, WIDTH, WIDTH_BLOCK, DOT)
-        top_left, top_right, bottom_left, bottom_right, down, right = _corners(
-            table, rows[None, :] - point_row[:, None], columns[None, :] - point_column[:, None], table_height, table_width
-        )
-        top = top_left + (top_right - top_left) * right
-        bottom = bottom_left + (bottom_right - bottom_left) * right
-        bias = top + (bottom - top) * down
+        bias = _bias(table, rows[None, :] - point_row[:, None], columns[None, :] - point_column[:, None], table_height, table_width)
         logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E) + bias
         logits = tl.where(there[:, None], logits, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(logits, 0))
@@ -136,12 +140,8 @@ def _query_gradient_kernel(
         point_row, point_column = _load_points(points, point, there, table_height, table_width)
         keys = load_rows(k, point * k_strides[2], there, WIDTH, WIDTH_BLOCK, DOT)
         values = load_rows(v, point * v_strides[2], there, WIDTH, WIDTH_BLOCK, DOT)
-        top_left, top_right, bottom_left, bottom_right, down, right = _corners(
-            table, rows[None, :] - point_row[:, None], columns[None, :] - point_column[:, None], table_height, table_width
-        )
-        top = top_left + (top_right - top_left) * right
-        bottom = bottom_left + (bottom_right - bottom_left) * right
-        logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E) + top + (bottom - top) * down
+        bias = _bias(table, rows[None, :] - point_row[:, None], columns[None, :] - point_column[:, None], table_height, table_width)
+        logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E) + bias
         weights = tl.where(there[:, None], tl.exp2(logits - query_lse[None, :]), 0.0)
         d_weights = tl.dot(values, tl.trans(d_outputs), input_precision=PRECISION)
         d_logits = weights * (d_weights - query_delta[None, :])
