@@ -3,7 +3,7 @@
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..ops.regions import Grid, pad_to_grid
+from ..ops.regions import Grid, crop, pad_to_grid
 from .depthwise import DepthwiseConv2d
 from .region_routing import RegionRouting
 
@@ -36,4 +36,4 @@ class BiLevelRoutingAttention(RegionRouting):
         height, width = x.shape[1:3]
         q, k, v = self.qkv(pad_to_grid(x, self.region_grid)).chunk(3, dim=-1)
         out = self.routed(q, k, v) + self.local_context(v)
-        return self.proj(out)[:, :height, :width]
+        return crop(self.proj(out), height, width)

@@ -6,7 +6,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops.deformable import deformable_attention, reference_points, sample_points
-from ..ops.regions import Grid, as_grid, pad_to_grid
+from ..ops.regions import Grid, as_grid, crop, pad_to_grid
 from .depthwise import DepthwiseConv2d
 from .feedforward import ConvFeedForward
 from .region_routing import RegionRouting, check_positive
@@ -134,7 +134,7 @@ class DeformableBiLevelRoutingAttention(RegionRouting):
             scale=self.scale,
             backend=self.backend,
         )
-        return self.proj(out.transpose(1, 2).flatten(2).view_as(x))[:, :height, :width]
+        return crop(self.proj(out.transpose(1, 2).flatten(2).view_as(x)), height, width)
 
     def gather(self, agents: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Agents (B, h, w, C) after attention to their routed regions of k and v (B, H, W, C), and their feed-forward."""

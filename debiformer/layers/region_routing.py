@@ -5,9 +5,8 @@ from numbers import Integral
 from torch import Tensor, nn
 
 from ..ops.backends import check_backend
-from ..ops.regions import Grid, as_grid, merge, partition
-from ..ops.routed_attention import routed_attention
-from ..ops.routing import route
+from ..ops.bi_level_attention import bi_level_attention
+from ..ops.regions import Grid, as_grid
 
 
 def check_positive(**arguments: int) -> None:
@@ -73,15 +72,8 @@ class RegionRouting(nn.Module):
 
     def routed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of a query map (B, h, w, C) over the routed regions of a key and a value map (B, H, W, C); the grid divides all."""
-        size = q.shape[1], q.shape[2]
-        q, k, v = (partition(x, self.region_grid) for x in (q, k, v))
-        routes = weights = None
-        if self.soft_routing or self.topk < k.shape[1]:  # with all regions routed to, there is no choice
-            routes, affinities = route(q.mean(2), k.mean(2), self.topk)
-            weights = (self.scale * affinities).softmax(dim=-1) if self.soft_routing else None
-        q, k, v = (x.unflatten(-1, self.heads_and_width).permute(0, 3, 1, 2, 4) for x in (q, k, v))
-        out = routed_attention(q, k, v, routes, scale=self.scale, route_weights=weights, backend=self.backend)
-        return merge(out.permute(0, 2, 3, 1, 4).flatten(-2), self.region_grid, size)
+        options = dict(scale=self.scale, soft_routing=self.soft_routing, backend=self.backend)
+        return bi_level_attention(q, k, v, self.region_grid, self.topk, self.num_heads, **options)
 
     def extra_repr(self) -> str:
         return f"region_grid={self.region_grid}, topk={self.topk}, num_heads={self.num_heads}, layout={self.layout}"

@@ -156,9 +156,10 @@ class Pyramid(nn.Module):
         The blocks of a stage share their graphs, so that a deep model compiles in the time of a few blocks.
 
         Args:
-            options: As `torch.compile` takes them; `fullgraph` is True where it is not given.
+            options: As `torch.compile` takes them. Where they are not given, `fullgraph` is True and `dynamic` is False: every size of map,
+                and of batch, has graphs of its own.
         """
-        defaults: dict[str, Any] = {"fullgraph": True}
+        defaults: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         if "recompile_limit" in signature(torch.compile).parameters:  # PyTorch's default of 8 is for one model, not for every kind of block
             defaults["recompile_limit"] = 64
         for block in self.stages.modules():

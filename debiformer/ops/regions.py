@@ -1,10 +1,12 @@
 """Regions: a feature map cut into a grid of equal rectangles, the unit that routing works on."""
 
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Grid = tuple[int, int]  # (rows, columns)
 
@@ -39,10 +41,17 @@ def pad_to_grid(x: Tensor, grid: Grid) -> Tensor:
     """
     height, width = padded_size(grid, (x.shape[1], x.shape[2]))
     below, right = height - x.shape[1], width - x.shape[2]
-    # A compiled or exported graph pads whatever the size, so that it serves every size.
-    if torch.compiler.is_compiling() or below or right:
-        return F.pad(x, (0, 0, 0, right, 0, below))
-    return x
+    if statically_known_true(below == 0) and statically_known_true(right == 0):
+        return x
+    return F.pad(x, (0, 0, 0, right, 0, below))  # a graph for every size pads each of them, if by nothing
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The upper left `height` x `width` of a map (B, H, W, C); undoes `pad_to_grid`."""
+    below, right = x.shape[1] - height, x.shape[2] - width
+    if _is_opaque() and not (statically_known_true(below == 0) and statically_known_true(right == 0)):
+        return F.pad(x, (0, 0, 0, -right, 0, -below))  # a slice is contiguous or not: a graph with it would not serve every size
+    return x[:, :height, :width]
 
 
 def partition(x: Tensor, grid: Grid) -> Tensor:
@@ -52,7 +61,9 @@ def partition(x: Tensor, grid: Grid) -> Tensor:
         ValueError: If `grid` does not divide the map; `pad_to_grid` makes it so.
     """
     (rows, cols), (h, w) = grid, region_size(grid, (x.shape[1], x.shape[2]))
-    return x.unflatten(2, (cols, w)).unflatten(1, (rows, h)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if _is_opaque():
+        return _opaque_partition(x, rows, cols)
+    return _swapped(x.unflatten(2, (cols, w)).unflatten(1, (rows, h)))
 
 
 def merge(regions: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
@@ -66,8 +77,52 @@ def merge(regions: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
         raise ValueError(
             f"{regions.shape[1]} regions of {regions.shape[2]} tokens are not a {rows}x{cols} grid over a {size[0]}x{size[1]} map"
         )
-    tiles = regions.unflatten(2, (h, w)).unflatten(1, (rows, cols))
+    if _is_opaque():
+        return _opaque_merge(regions, rows, cols, *size)
+    return _swapped(regions.unflatten(2, (h, w)).unflatten(1, (rows, cols)))
+
+
+def _swapped(tiles: Tensor) -> Tensor:
+    """(B, i, j, k, m, C) -> (B, i * k, j * m, C)."""
     return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _is_opaque() -> bool:
+    """Whether cutting and merging stay whole: as views and copies, their symbolic shapes take a compiler minutes and a graph per size."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def _unshared(output: Tensor, given: Tensor) -> Tensor:
+    """Contiguous, and a copy where it is a view: an opaque operation must not return its input's memory."""
+    return output.clone(memory_format=torch.contiguous_format) if output.data_ptr() == given.data_ptr() else output.contiguous()
+
+
+@torch.library.custom_op("debiformer::partition", mutates_args=())
+def _opaque_partition(x: Tensor, rows: int, cols: int) -> Tensor:
+    return _unshared(partition(x, (rows, cols)), x)
+
+
+@torch.library.custom_op("debiformer::merge", mutates_args=())
+def _opaque_merge(regions: Tensor, rows: int, cols: int, height: int, width: int) -> Tensor:
+    return _unshared(merge(regions, (rows, cols), (height, width)), regions)
+
+
+@_opaque_partition.register_fake
+def _(x: Tensor, rows: int, cols: int) -> Tensor:
+    return x.new_empty(x.shape[0], rows * cols, (x.shape[1] // rows) * (x.shape[2] // cols), x.shape[3])
+
+
+@_opaque_merge.register_fake
+def _(regions: Tensor, rows: int, cols: int, height: int, width: int) -> Tensor:
+    return regions.new_empty(regions.shape[0], height, width, regions.shape[3])
+
+
+def _keep_sizes(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.grid, ctx.size = tuple(inputs[1:3]), tuple(inputs[0].shape[1:3])
+
+
+_opaque_partition.register_autograd(lambda ctx, gradient: (merge(gradient, ctx.grid, ctx.size), None, None), setup_context=_keep_sizes)
+_opaque_merge.register_autograd(lambda ctx, gradient: (partition(gradient, ctx.grid), None, None, None, None), setup_context=_keep_sizes)
 
 
 def region_size(grid: Grid, size: tuple[int, int]) -> tuple[int, int]:

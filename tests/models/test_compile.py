@@ -49,3 +49,19 @@ def test_blocks_of_a_stage_share_a_graph():
         assert counter.frame_count == 7  # 14 blocks: two kinds in three stages, one in the last
         x = images(2, 96, 128)
         torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_stl"])
+@pytest.mark.parametrize("train", [False, True])
+def test_one_graph_serves_every_size(name, train):
+    """Batch, height and width are dynamic; the sizes take in maps that the grid divides and maps that it does not."""
+    torch.compiler.reset()
+    model, counter = timm.create_model(name, num_classes=5).train(train), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch, height, width in ((4, 224, 192), (5, 256, 256), (6, 225, 270)):  # below four images PyTorch's convolutions ask for another
+        x = images(batch, height, width)
+        for axis in (0, 2, 3):
+            torch._dynamo.mark_dynamic(x, axis)
+        with torch.set_grad_enabled(train):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
