@@ -23,6 +23,11 @@ def watch(callback: Callable[..., None]) -> Iterator[None]:
         _watcher.reset(token)
 
 
+def is_watched() -> bool:
+    """Whether there is a watcher: arguments that only it needs are not made in vain."""
+    return not torch.compiler.is_compiling() and _watcher.get() is not None
+
+
 def report(name: str, **arguments: Any) -> None:
     """Tell the watcher, if there is one, that operation `name` is about to run with these arguments."""
     if not torch.compiler.is_compiling() and (callback := _watcher.get()) is not None:

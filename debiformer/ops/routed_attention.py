@@ -5,15 +5,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import reference
 from .backends import choose_backend
-from .chunks import CHUNK, is_compiling_inference, over_chunks
-from .observation import report
-
-# Gathering one token's key and value costs as much as attending to this many more: measured on CPUs, where it ranges from 20 to 30.
-GATHER_COST = 24
+from .chunks import is_compiling_inference, over_chunks
+from .observation import is_watched, report
 
 
 def routed_attention(
@@ -36,8 +32,8 @@ def routed_attention(
             every query attends to every token.
         scale: Factor on the dot products; D ** -0.5 where it is None.
         route_weights: Soft routing, (B, R, K): the keys and values of a route are multiplied by its weight. None for hard routing.
-        backend: "auto", "triton" (never gathers), "eager" (gathers whole regions, or masks dense attention where that is less work) or
-            "reference"; see `choose_backend`. Without routes, "triton" is dense attention as well.
+        backend: "auto", "triton" (never gathers), "eager" (gathers whole regions) or "reference"; see `choose_backend`. Without routes,
+            "triton" is dense attention as well.
 
     Returns:
         (B, H, R, T, E).
@@ -49,8 +45,9 @@ def routed_attention(
     _check(q, k, v, routes, route_weights)
     backend = choose_backend("routed_attention", q, k, v, routes, route_weights, backend=backend).backend
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    listed = torch.arange(k.shape[2], device=k.device).expand(*q.shape[:3:2], -1) if routes is None else routes
-    report("routed_attention", q=q, k=k, v=v, routes=listed, scale=scale, route_weights=route_weights)
+    if is_watched():
+        listed = torch.arange(k.shape[2], device=k.device).expand(*q.shape[:3:2], -1) if routes is None else routes
+        report("routed_attention", q=q, k=k, v=v, routes=listed, scale=scale, route_weights=route_weights)
     return IMPLEMENTATIONS[backend](q, k, v, routes, scale, route_weights)
 
 
@@ -73,23 +70,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, rout
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, route_weights: Tensor | None) -> Tensor:
-    if routes is None:  # every token attends to every token
-        return _dense(q, k, v, None, scale)
-    tokens, key_regions, topk = q.shape[3], k.shape[2], routes.shape[2]
-    mask_size = q.shape[0] * q.shape[2] * tokens * key_regions * k.shape[3]
-    cheaper = statically_known_true(tokens * (key_regions - topk) <= GATHER_COST * topk)  # a graph of any size gathers
-    if route_weights is None and cheaper and statically_known_true(mask_size <= CHUNK):
-        listed = torch.zeros(*routes.shape[:2], key_regions, dtype=torch.int64, device=q.device)
-        listed = listed.scatter_add_(2, routes, torch.ones_like(routes))
-        # A region listed n times gets n times the weight. Looked up, since few values are taken and log(0) is slow.
-        log_factors = torch.arange(topk + 1, dtype=q.dtype, device=q.device).log()[listed]
-        mask = log_factors[:, :, None, :, None].expand(-1, -1, tokens, -1, k.shape[3])
-        return _dense(q, k, v, mask.flatten(3, 4).flatten(1, 2).unsqueeze(1), scale)
-    return _gathered(q, k, v, routes, scale, route_weights)
+    return _dense(q, k, v, scale) if routes is None else _gathered(q, k, v, routes, scale, route_weights)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    out = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), attn_mask=mask, scale=scale)
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), scale=scale)
     return out.unflatten(2, (q.shape[2], q.shape[3]))
 
 

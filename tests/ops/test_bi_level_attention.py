@@ -1,7 +1,10 @@
+import sys
+
 import pytest
 import torch
 
 from debiformer.ops import bi_level_attention, merge, partition, route, routed_attention
+from debiformer.ops.observation import watch
 
 GRID = (3, 2)
 
@@ -11,9 +14,11 @@ def maps(dtype=torch.float64):
     return [torch.randn(2, *size, 8, dtype=dtype) for size in ((3, 4), (6, 8), (6, 8))]
 
 
+@pytest.mark.parametrize("gather_cost", [-1, 24], ids=["gathered", "masked"])
 @pytest.mark.parametrize("soft", [False, True])
-def test_it_is_its_four_steps(soft):
+def test_it_is_its_four_steps(soft, gather_cost, monkeypatch):
     """Cut, route by the means, attend, lay back (BiFormer, eqs. 3-6), with queries on a coarser map."""
+    monkeypatch.setattr(sys.modules[bi_level_attention.__module__], "GATHER_COST", gather_cost)
     q, k, v = (partition(x, GRID) for x in maps())
     routes, affinities = route(q.mean(2), k.mean(2), 2)
     weights = (0.3 * affinities).softmax(-1) if soft else None
@@ -41,3 +46,19 @@ def test_what_the_compiler_sees(strided):
     )  # a view, were it not copied
     torch.library.opcheck(torch.ops.debiformer.merge, (regions.requires_grad_(), *GRID, 6, 8))
     torch.library.opcheck(torch.ops.debiformer.bi_level_attention, (*maps(), *GRID, 2, 2, 0.3, False, "auto"))
+
+
+@pytest.mark.parametrize("topk", [2, 6])
+def test_a_watcher_sees_the_same_whichever_way_it_goes(topk, monkeypatch):
+    def watched(gather_cost):
+        monkeypatch.setattr(sys.modules[bi_level_attention.__module__], "GATHER_COST", gather_cost)
+        seen = []
+        with watch(lambda name, **arguments: seen.append(arguments)):
+            bi_level_attention(*maps(), GRID, topk, 2)
+        return seen
+
+    (gathered,), (masked,) = watched(-1), watched(1000)
+    assert gathered.keys() == masked.keys()
+    for name in ("q", "k", "v", "routes"):
+        torch.testing.assert_close(masked[name], gathered[name])
+    assert gathered["scale"] == masked["scale"]
