@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..ops.regions import Grid, crop, pad_to_grid
 from .depthwise import DepthwiseConv2d
-from .region_routing import RegionRouting
+from .region_routing import RegionRouting, project_in_parts
 
 
 @register_notrace_module  # a leaf for torchvision's feature extraction, whose tracer cannot follow its shapes
@@ -34,6 +34,6 @@ class BiLevelRoutingAttention(RegionRouting):
 
     def attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        q, k, v = self.qkv(pad_to_grid(x, self.region_grid)).chunk(3, dim=-1)
+        q, k, v = project_in_parts(self.qkv, pad_to_grid(x, self.region_grid), 3)
         out = self.routed(q, k, v) + self.local_context(v)
-        return crop(self.proj(out), height, width)
+        return crop(self.proj(out.flatten(1, 2)).view_as(q), height, width)

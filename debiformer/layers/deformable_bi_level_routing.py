@@ -9,7 +9,7 @@ from ..ops.deformable import deformable_attention, reference_points, sample_poin
 from ..ops.regions import Grid, as_grid, crop, pad_to_grid
 from .depthwise import DepthwiseConv2d
 from .feedforward import ConvFeedForward
-from .region_routing import RegionRouting, check_positive
+from .region_routing import RegionRouting, check_positive, project_in_parts
 
 
 class OffsetNetwork(nn.Module):
@@ -46,7 +46,8 @@ class OffsetNetwork(nn.Module):
     def forward(self, q: Tensor) -> Tensor:
         """Queries (B, H, W, C) -> points (B, G, h, w, 2) as (x, y) in [-1, 1], with h = ceil(H / stride) and w likewise."""
         groups = q.unflatten(-1, (self.groups, q.shape[-1] // self.groups)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-        offsets = self.project(F.gelu(self.norm(self.depthwise(groups))))
+        cells = self.depthwise(groups)
+        offsets = self.project(F.gelu(self.norm(cells.flatten(1, 2)))).unflatten(1, cells.shape[1:3])
         # Half precision would blur the points by more than a pixel of a large map.
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
         height, width = offsets.shape[1:3]
@@ -119,7 +120,7 @@ class DeformableBiLevelRoutingAttention(RegionRouting):
     def attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         x = pad_to_grid(x, self.region_grid)
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = project_in_parts(self.qkv, x, 3)
         points = self.offset_network(q)
         agents = self.gather(pad_to_grid(sample_points(x, points, backend=self.backend), self.region_grid), k, v)
         # Agents that only fill up the grid sit at the centre of the image.
@@ -134,14 +135,17 @@ class DeformableBiLevelRoutingAttention(RegionRouting):
             scale=self.scale,
             backend=self.backend,
         )
-        return crop(self.proj(out.transpose(1, 2).flatten(2).view_as(x)), height, width)
+        return crop(self.proj(out.transpose(1, 2).flatten(2)).view_as(x), height, width)
 
     def gather(self, agents: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Agents (B, h, w, C) after attention to their routed regions of k and v (B, H, W, C), and their feed-forward."""
+        size = agents.shape[1:3]
         context = pad_to_grid(self.local_context(v), self.region_grid)
-        agents = agents + self.agent_proj(self.routed(self.agent_query(agents), k, v) + context)
-        agents = agents + self.agent_mlp(self.agent_norm1(agents))
-        return self.agent_norm2(agents)
+        heard = (self.routed(self.agent_query(agents), k, v) + context).flatten(1, 2)
+        tokens = agents.flatten(1, 2)  # as in a block
+        tokens = tokens + self.agent_proj(heard)
+        tokens = tokens + self.agent_mlp(self.agent_norm1(tokens).unflatten(1, size)).flatten(1, 2)
+        return self.agent_norm2(tokens).unflatten(1, size)
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, heads, H * W, C / heads)."""

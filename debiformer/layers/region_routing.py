@@ -2,6 +2,8 @@
 
 from numbers import Integral
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.backends import check_backend
@@ -14,6 +16,13 @@ def check_positive(**arguments: int) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive integer")
+
+
+def project_in_parts(linear: nn.Linear, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """`linear(x)` in equal parts of its channels: views of one product, or a product each in an exported graph, whose views are copies."""
+    if not torch.compiler.is_exporting():
+        return linear(x).chunk(parts, dim=-1)
+    return tuple(F.linear(x, weight, bias) for weight, bias in zip(linear.weight.chunk(parts), linear.bias.chunk(parts), strict=True))
 
 
 class RegionRouting(nn.Module):

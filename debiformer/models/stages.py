@@ -88,8 +88,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.position(x)
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        size = x.shape[1:3]
+        # Norms and sums run on tokens (B, N, C): an exported graph of them in four dimensions would be taken for one of NCHW maps, and
+        # its inference engine would permute them.
+        tokens = x.flatten(1, 2)
+        tokens = tokens + self.drop_path(self.mixer(self.norm1(tokens).unflatten(1, size)).flatten(1, 2))
+        tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens).unflatten(1, size)).flatten(1, 2))
+        return tokens.unflatten(1, size)
 
 
 def build_blocks(

@@ -77,6 +77,11 @@ def _(x: Tensor, points: Tensor) -> Tensor:
 
 
 def _samples(x: Tensor, points: Tensor) -> Tensor:
+    if torch.compiler.is_exporting() and x.dtype == points.dtype:
+        groups = points.shape[1]  # one node for all groups
+        maps = x.unflatten(-1, (groups, x.shape[-1] // groups)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+        samples = F.grid_sample(maps, points.flatten(0, 1), align_corners=True)
+        return samples.unflatten(0, (x.shape[0], groups)).permute(0, 3, 4, 1, 2).flatten(3)
     # grid_sample reads map and points in one precision; the gathers leave a half-precision map as it is, however large.
     return reference.sample_points(x, points) if x.dtype == points.dtype else _sample_rows(x, points)
 
