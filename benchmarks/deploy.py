@@ -8,6 +8,7 @@ each core: nothing then waits for another core, and an image stays in its cache.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -94,6 +95,7 @@ def measure(name: str, batch: int, paths: list[str], folder: str, compiled: bool
     x = images(batch)
     forms: dict[str, nn.Module] = {"twin": twin, "eager": model, "eager, fused": deepcopy(model).fuse_for_inference()}
     if compiled:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)  # its first call compiles everything anew
         forms["compiled by blocks"] = deepcopy(model).fuse_for_inference().compile_blocks()
     runs: dict[str, Run] = {form: bench.inference(m, x) for form, m in forms.items()}
     if "ONNX Runtime" in paths:
