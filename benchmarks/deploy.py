@@ -105,17 +105,21 @@ def measure(name: str, batch: int, paths: list[str], folder: str, compiled: bool
         runs["OpenVINO"] = in_openvino(graph(folder, name, batch, "OpenVINO"), x, threads)
         if batch > 1:
             runs["OpenVINO, by image"] = in_openvino(graph(folder, name, 1, "OpenVINO"), x, threads, streams=threads)
+    took = {path: seconds(run) for path, run in runs.items()}
     times = ratios(bench.alternate(runs, rounds, progress=True), "twin")
     with torch.no_grad():  # after the timing: what it frees would change how glibc allocates from then on
         exact = deepcopy(model).double()(x.double())
-    errors, took = {}, {}
-    for path, run in runs.items():
-        start = time.perf_counter()
-        errors[path] = relative_error(run(), exact)
-        took[path] = time.perf_counter() - start
+    errors = {path: relative_error(run(), exact) for path, run in runs.items()}
     if max(errors.values()) > TOLERANCE:
         raise RuntimeError(f"{name}, batch {batch}: outputs differ from those of the model in float64, relative L2 {errors}")
     return {"times": times, "errors": errors, "first calls": took}
+
+
+def seconds(run: Run) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def act(task: str, **case: Any) -> Any:
@@ -163,7 +167,7 @@ def main() -> None:
                     ]
                     print(f"\n{bench.table(rows)}", flush=True)
                     results += rows
-                    save("deploy", results)
+                    save("deploy", results, packages=[package for package, path in PACKAGES.items() if path in options.only])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +22,12 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def save(name: str, results: Any, device: str = "cpu") -> Path:
-    """Write results beside the machine, the versions and the date; results of a GPU go by its name too."""
+def save(name: str, results: Any, device: str = "cpu", packages: Sequence[str] = ()) -> Path:
+    """Write results beside the machine, the versions and the date; those of a GPU go by its name too, those of `packages` by theirs."""
     machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
     if device != "cpu":
         machine["gpu"] = torch.cuda.get_device_name(device)
-    versions = {package: version(package) for package in PACKAGES}
+    versions = {package: version(package) for package in (*PACKAGES, *packages)}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(dict(date=date.today().isoformat(), machine=machine, versions=versions, results=results), indent=2) + "\n")

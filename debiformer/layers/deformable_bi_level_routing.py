@@ -122,21 +122,17 @@ class DeformableBiLevelRoutingAttention(RegionRouting):
         x = pad_to_grid(x, self.region_grid)
         q, k, v = project_in_parts(self.qkv, x, 3)
         points = self.offset_network(q)
-        queries, scale = q, self.scale
-        if torch.compiler.is_exporting() and self.offset_network.groups == 1:
-            # OpenVINO 2026.4 overwrites q before the offset network has read it, where both read it in place: a product for each.
-            queries, scale = F.linear(x, scale * self.qkv.weight[: self.dim], scale * self.qkv.bias[: self.dim]), 1.0
         agents = self.gather(pad_to_grid(sample_points(x, points, backend=self.backend), self.region_grid), k, v)
         # Agents that only fill up the grid sit at the centre of the image.
         points = pad_to_grid(points.flatten(0, 1), self.region_grid).unflatten(0, (x.shape[0], self.offset_network.groups))
         out = deformable_attention(
-            self.heads(queries),
+            self.heads(q),
             self.heads(self.agent_key(agents)),
             self.heads(self.agent_value(agents)),
             points.flatten(2, 3),
             self.bias_table,
             (x.shape[1], x.shape[2]),
-            scale=scale,
+            scale=self.scale,
             backend=self.backend,
         )
         return crop(self.proj(out.transpose(1, 2).flatten(2)).view_as(x), height, width)

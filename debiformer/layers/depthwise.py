@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..ops.chunks import is_compiling
+
 
 class DepthwiseConv2d(nn.Conv2d):
     """One odd-sized filter per channel, on maps (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C)."""
@@ -25,7 +27,7 @@ class ResidualDepthwiseConv2d(DepthwiseConv2d):
         super().__init__(dim, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if is_compiling():
             return x + super().forward(x)  # the compiler joins the addition with what follows
         device = x.device.type
         if x.dtype.itemsize < 4 or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):

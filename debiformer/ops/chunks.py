@@ -11,13 +11,18 @@ CHUNK = 2**23  # elements of intermediates at a time: 32 MB in float32
 KEPT = 2**26  # elements that may be kept for the backward pass, 256 MB in float32; beyond, it computes them again
 
 
+def is_compiling() -> bool:
+    """Whether a graph is being compiled that is to run here rather than to be exported."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def is_compiling_inference() -> bool:
-    """Whether a graph is being compiled that needs no gradients, and is to run here rather than to be exported.
+    """Whether a graph is being compiled to run here that needs no gradients.
 
     An operation that chooses its way by size stays whole in such a graph: one graph then serves every size, with bounded memory, and
     is quickly compiled.
     """
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
+    return is_compiling() and not torch.is_grad_enabled()
 
 
 def over_chunks(attend: Callable[[slice], Tensor], rows: int, elements_per_row: int, dim: int, *inputs: Tensor) -> Tensor:

@@ -30,5 +30,5 @@ def is_watched() -> bool:
 
 def report(name: str, **arguments: Any) -> None:
     """Tell the watcher, if there is one, that operation `name` is about to run with these arguments."""
-    if not torch.compiler.is_compiling() and (callback := _watcher.get()) is not None:
-        callback(name, **arguments)
+    if is_watched():
+        _watcher.get()(name, **arguments)  # type: ignore[misc]  # there is one

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .chunks import is_compiling
+
 Grid = tuple[int, int]  # (rows, columns)
 
 
@@ -49,7 +51,7 @@ def pad_to_grid(x: Tensor, grid: Grid) -> Tensor:
 def crop(x: Tensor, height: int, width: int) -> Tensor:
     """The upper left `height` x `width` of a map (B, H, W, C); undoes `pad_to_grid`."""
     below, right = x.shape[1] - height, x.shape[2] - width
-    if _is_opaque() and not (statically_known_true(below == 0) and statically_known_true(right == 0)):
+    if is_compiling() and not (statically_known_true(below == 0) and statically_known_true(right == 0)):
         return F.pad(x, (0, 0, 0, -right, 0, -below))  # a slice is contiguous or not: a graph with it would not serve every size
     return x[:, :height, :width]
 
@@ -61,7 +63,7 @@ def partition(x: Tensor, grid: Grid) -> Tensor:
         ValueError: If `grid` does not divide the map; `pad_to_grid` makes it so.
     """
     (rows, cols), (h, w) = grid, region_size(grid, (x.shape[1], x.shape[2]))
-    if _is_opaque():
+    if is_compiling():
         return _opaque_partition(x, rows, cols)
     return _swapped(x.unflatten(2, (cols, w)).unflatten(1, (rows, h)))
 
@@ -77,7 +79,7 @@ def merge(regions: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
         raise ValueError(
             f"{regions.shape[1]} regions of {regions.shape[2]} tokens are not a {rows}x{cols} grid over a {size[0]}x{size[1]} map"
         )
-    if _is_opaque():
+    if is_compiling():
         return _opaque_merge(regions, rows, cols, *size)
     return _swapped(regions.unflatten(2, (h, w)).unflatten(1, (rows, cols)))
 
@@ -87,9 +89,7 @@ def _swapped(tiles: Tensor) -> Tensor:
     return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _is_opaque() -> bool:
-    """Whether cutting and merging stay whole: as views and copies, their symbolic shapes take a compiler minutes and a graph per size."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+# Cutting and merging stay whole in compiled graphs: the symbolic shapes of views and copies take a compiler minutes and a graph per size.
 
 
 def _unshared(output: Tensor, given: Tensor) -> Tensor:

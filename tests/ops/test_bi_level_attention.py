@@ -41,9 +41,8 @@ def test_what_the_compiler_sees(strided):
     if strided:
         x, regions = torch.randn(2, 6, 8, 24, dtype=torch.float64).chunk(3, -1)[1], torch.randn(2, 6, 8, 24, dtype=torch.float64)[..., 8:16]
     torch.library.opcheck(torch.ops.debiformer.partition, (x.requires_grad_(), *GRID))
-    torch.library.opcheck(
-        torch.ops.debiformer.partition, (torch.randn(2, 3, 2, 8, requires_grad=True), *GRID)
-    )  # a view, were it not copied
+    single = torch.randn(2, *GRID, 8, requires_grad=True)  # a token in each region: a view, were it not copied
+    torch.library.opcheck(torch.ops.debiformer.partition, (single, *GRID))
     torch.library.opcheck(torch.ops.debiformer.merge, (regions.requires_grad_(), *GRID, 6, 8))
     torch.library.opcheck(torch.ops.debiformer.bi_level_attention, (*maps(), *GRID, 2, 2, 0.3, False, "auto"))
 
