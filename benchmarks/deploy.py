@@ -105,7 +105,7 @@ def measure(name: str, batch: int, paths: list[str], folder: str, compiled: bool
         runs["OpenVINO"] = in_openvino(graph(folder, name, batch, "OpenVINO"), x, threads)
         if batch > 1:
             runs["OpenVINO, by image"] = in_openvino(graph(folder, name, 1, "OpenVINO"), x, threads, streams=threads)
-    took = {path: seconds(run) for path, run in runs.items()}
+    took = {path: bench.seconds_of(run) for path, run in runs.items()}
     times = ratios(bench.alternate(runs, rounds, progress=True), "twin")
     with torch.no_grad():  # after the timing: what it frees would change how glibc allocates from then on
         exact = deepcopy(model).double()(x.double())
@@ -113,13 +113,6 @@ def measure(name: str, batch: int, paths: list[str], folder: str, compiled: bool
     if max(errors.values()) > TOLERANCE:
         raise RuntimeError(f"{name}, batch {batch}: outputs differ from those of the model in float64, relative L2 {errors}")
     return {"times": times, "errors": errors, "first calls": took}
-
-
-def seconds(run: Run) -> float:
-    """How long one call takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def act(task: str, **case: Any) -> Any:

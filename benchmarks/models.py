@@ -91,7 +91,7 @@ def peers(names: list[str], device: str, rounds: int) -> Rows:
         costs[name] = bench.count(name, x.shape[2:], bench.model_arguments(name, x.shape[2:]))
         torch.manual_seed(0)
         model = timm.create_model(name, **bench.model_arguments(name, x.shape[2:])).to(device).eval()
-        runs[name] = bench.inference(model.fuse_for_inference() if name in names else model, x)
+        runs[name] = bench.inference(model, x)
     seconds = bench.alternate(runs, rounds, progress=True)
     yardstick = costs[YARDSTICK][1] / seconds[YARDSTICK]
     return [
@@ -120,30 +120,28 @@ MODELS = {
 def measure(part: str, threads: int, **case: Any) -> Rows:
     """One part, in this process."""
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions as in products
     return PARTS[part](**case)
 
 
 def main() -> None:
     """Every part that is asked for, with every allocator."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="one part; its results go to a file of their own")
+    parser.add_argument("--only", choices=PARTS, help="one part (default: all); results go to a file for each")
     parser.add_argument("--models", nargs="+", help="presets (default: those that the part is about)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     on_gpu = options.device != "cpu"
-    name = "_".join(["models", *([options.only] if options.only else []), *(["gpu"] if on_gpu else [])])
-    results: dict[str, Rows] = {}
     for part in [options.only] if options.only else PARTS:
         case = dict(part=part, names=options.models or MODELS[part], device=options.device, threads=options.threads, rounds=options.rounds)
-        results[part] = []
+        results: Rows = []
         for allocator in ["default"] if on_gpu else ALLOCATORS:
             rows = [({} if on_gpu else {"allocator": allocator}) | row for row in call(__file__, case, allocator)]
             print(f"\n{part}\n{bench.table(rows)}", flush=True)
-            results[part] += rows
-        path = save(name, results, options.device)
-    print(path)
+            results += rows
+        print(save(f"models_{part}_gpu" if on_gpu else f"models_{part}", results, options.device))
 
 
 if __name__ == "__main__":

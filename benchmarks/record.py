@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning")
+PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def processor() -> str:
@@ -23,12 +24,14 @@ def processor() -> str:
 
 
 def save(name: str, results: Any, device: str = "cpu", packages: Sequence[str] = ()) -> Path:
-    """Write results beside the machine, the versions and the date; those of a GPU go by its name too, those of `packages` by theirs."""
+    """Write results beside the command, the machine, the versions and the date; those of a GPU go by its name too."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
     if device != "cpu":
         machine["gpu"] = torch.cuda.get_device_name(device)
     versions = {package: version(package) for package in (*PACKAGES, *packages)}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(dict(date=date.today().isoformat(), machine=machine, versions=versions, results=results), indent=2) + "\n")
+    found = dict(date=date.today().isoformat(), command=command, machine=machine, versions=versions, results=results)
+    path.write_text(json.dumps(found, indent=2) + "\n")
     return path

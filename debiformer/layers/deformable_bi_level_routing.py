@@ -149,4 +149,4 @@ class DeformableBiLevelRoutingAttention(RegionRouting):
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, heads, H * W, C / heads)."""
-        return x.flatten(1, 2).unflatten(-1, self.heads_and_width).transpose(1, 2)
+        return x.flatten(1, 2).unflatten(-1, (self.num_heads, self.dim // self.num_heads)).transpose(1, 2)

@@ -51,7 +51,6 @@ class RegionRouting(nn.Module):
         check_backend(backend)
         self.dim, self.num_heads, self.topk = dim, num_heads, topk
         self.soft_routing, self.layout, self.backend = soft_routing, layout, backend
-        self.heads_and_width = (num_heads, dim // num_heads)
         self.scale = dim**-0.5
         self.set_region_grid(region_grid)
 

@@ -1,17 +1,21 @@
 """The four-stage skeleton of every backbone here, with the whole timm backbone interface, written once."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, register_notrace_function
-from timm.models import build_model_with_cfg, checkpoint_seq, reparameterize_model, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, reparameterize_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..layers import ConvDownsample, ConvFeedForward, ConvStem
 from ..layers.region_routing import RegionRouting
+from ..ops.backends import requested_backend, use_backend
 from ..ops.regions import Grid, as_grid
 from .checkpoints import checkpoint_filter_fn, missing_weights, read_checkpoint, to_our_names
 from .stages import Block, Stage, build_blocks
@@ -39,8 +43,19 @@ class PyramidStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        x = self._checkpointed(x) if self.grad_checkpointing else self.blocks(x)
         return x.permute(0, 3, 1, 2)
+
+    def _checkpointed(self, x: Tensor) -> Tensor:
+        # The backward pass computes the blocks again, in another thread or after a `use_backend` block has ended: on the same backend.
+        contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(_again_on, requested_backend().backend)}
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False, **contexts)
+        return x
+
+
+def _again_on(backend: str) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), use_backend(backend)
 
 
 class Pyramid(nn.Module):
@@ -157,11 +172,12 @@ class Pyramid(nn.Module):
 
         Args:
             options: As `torch.compile` takes them. Where they are not given, `fullgraph` is True and `dynamic` is False: every size of map,
-                and of batch, has graphs of its own.
+                and of batch, has graphs of its own, up to `recompile_limit=256` of them, beyond which PyTorch raises an error. For more
+                sizes than about thirty, `dynamic=True` compiles longer and serves them all.
         """
         defaults: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         if "recompile_limit" in signature(torch.compile).parameters:  # PyTorch's default of 8 is for one model, not for every kind of block
-            defaults["recompile_limit"] = 64
+            defaults["recompile_limit"] = 256
         for block in self.stages.modules():
             if isinstance(block, Block):
                 block.compile(**(defaults | options))

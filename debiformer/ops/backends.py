@@ -12,7 +12,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 ENVIRONMENT_VARIABLE = "DEBIFORMER_BACKEND"
-WIDEST_HEAD = 128  # for the kernels; wider ones would not fit the registers
+WIDEST_HEAD = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}  # for the kernels; wider ones would not fit the registers
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # looks it up without importing it
 _block: ContextVar[str] = ContextVar("debiformer_backend", default="auto")
@@ -108,14 +108,14 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, route_weights: Tensor | None, dev
     """Why the kernels cannot run this on such a device, or None if they can."""
     if torch.compiler.is_exporting():
         return "a graph is exported, which has to run without Triton"
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if q.dtype not in WIDEST_HEAD:
         return f"q is {str(q.dtype).removeprefix('torch.')}"
     if route_weights is not None:
         return "soft routing"
     if v.shape[-1] != k.shape[-1]:
         return "values of another width than the keys"
-    if q.shape[-1] > WIDEST_HEAD:
-        return f"heads wider than {WIDEST_HEAD}"
+    if q.shape[-1] > WIDEST_HEAD[q.dtype]:
+        return f"heads wider than {WIDEST_HEAD[q.dtype]} in {str(q.dtype).removeprefix('torch.')}"
     if not _TRITON_IS_INSTALLED:
         return "Triton is not installed"
     if q.device.type != device:

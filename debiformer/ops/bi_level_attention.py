@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .backends import requested_backend
+from .autocast import autocast
 from .chunks import CHUNK, is_compiling_inference
-from .observation import is_watched, report
+from .observation import is_watched, report, watch
 from .regions import Grid, merge, partition, region_size
 from .routed_attention import routed_attention
 from .routing import route
@@ -47,9 +48,11 @@ def bi_level_attention(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit together, or the backend is unknown or cannot run this.
     """
+    _check(q, k, v, region_grid, topk, num_heads)
     scale = (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
     if is_compiling_inference():
         # Cutting and merging have symbolic shapes that take a compiler long to reason about, and nothing to gain from it.
+        q, k, v = autocast(q, k, v)
         return _opaque(q, k, v, *region_grid, topk, num_heads, scale, soft_routing, requested_backend(backend).backend)
     return _attend(q, k, v, region_grid, topk, num_heads, scale, soft_routing, backend)
 
@@ -70,6 +73,23 @@ def _attend(
     q, k, v = (_heads(x, num_heads) for x in (q, k, v))
     out = routed_attention(q, k, v, routes, scale=scale, route_weights=weights, backend=backend)
     return merge(out.permute(0, 2, 3, 1, 4).flatten(-2), region_grid, size)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, region_grid: Grid, topk: int, num_heads: int) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(f"expected q (B, h, w, C) with k and v (B, H, W, C); got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must share one floating-point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}")
+    if num_heads < 1 or q.shape[3] % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide the {q.shape[3]} channels")
+    if not 1 <= topk <= region_grid[0] * region_grid[1]:
+        raise ValueError(f"topk={topk} is not between 1 and the {region_grid[0] * region_grid[1]} regions of region_grid={region_grid}")
+    if not torch.compiler.is_compiling():  # a graph for every size cannot look at one
+        for x in (q, k):
+            region_size(region_grid, (x.shape[1], x.shape[2]))
 
 
 def _heads(regions: Tensor, num_heads: int) -> Tensor:
@@ -117,7 +137,8 @@ def _regions_of(x: Tensor, region_grid: Grid) -> Tensor:
 def _opaque(
     q: Tensor, k: Tensor, v: Tensor, rows: int, columns: int, topk: int, num_heads: int, scale: float, soft_routing: bool, backend: str
 ) -> Tensor:
-    return _attend(q, k, v, (rows, columns), topk, num_heads, scale, soft_routing, backend).contiguous()
+    with watch(None):  # as of all that is compiled, a watcher sees nothing
+        return _attend(q, k, v, (rows, columns), topk, num_heads, scale, soft_routing, backend).contiguous()
 
 
 @_opaque.register_fake

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .autocast import autocast
 from .backends import choose_backend, requested_backend
 from .chunks import is_compiling_inference, over_chunks
 from .observation import report
@@ -149,7 +150,7 @@ def position_bias(points: Tensor, bias_table: Tensor, grid_size: tuple[int, int]
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int], scale: float) -> Tensor:
     if is_compiling_inference():
-        return _opaque(q, k, v, points, bias_table, *grid_size, scale)
+        return _opaque(*autocast(q, k, v), points, bias_table, *grid_size, scale)
     return _attend(q, k, v, points, bias_table, grid_size, scale)
 
 
@@ -169,7 +170,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor,
         bias = position_bias(points, bias_table, grid_size, rows).to(q.dtype)
         return F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=bias, scale=scale).transpose(1, 2)
 
-    elements = q.shape[0] * q.shape[1] * k.shape[2]  # of a row of the bias
+    # Of a row: its biases (or, in training, its weights) for each head, and its displacements for each group of points.
+    elements = q.shape[0] * k.shape[2] * (q.shape[1] + 2 * points.shape[1])
     return over_chunks(attend, q.shape[2], elements, 1, q, k, v, points, bias_table).transpose(1, 2)
 
 

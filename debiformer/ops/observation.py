@@ -11,8 +11,8 @@ _watcher: ContextVar[Callable[..., None] | None] = ContextVar("debiformer_watche
 
 
 @contextmanager
-def watch(callback: Callable[..., None]) -> Iterator[None]:
-    """Call `callback(name, **arguments)` with the checked arguments of every attention operation that runs inside the block.
+def watch(callback: Callable[..., None] | None) -> Iterator[None]:
+    """Call `callback(name, **arguments)` with the checked arguments of every attention operation that runs inside the block; None: nobody.
 
     The operations run unchanged. Watching is local to the thread (and asyncio task) that asks for it, and sees nothing of a compiled model.
     """

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .autocast import autocast
 from .backends import choose_backend
 from .chunks import is_compiling_inference, over_chunks
 from .observation import is_watched, report
@@ -53,7 +54,7 @@ def routed_attention(
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float, route_weights: Tensor | None) -> Tensor:
     if is_compiling_inference():
-        return _opaque(q, k, v, routes, scale, route_weights)
+        return _opaque(*autocast(q, k, v), routes, scale, route_weights)
     return _attend(q, k, v, routes, scale, route_weights)
 
 

@@ -65,3 +65,18 @@ def test_one_graph_serves_every_size(name, train):
         with torch.set_grad_enabled(train):
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
+
+
+def test_blocks_compile_for_every_size():
+    torch.compiler.reset()
+    model, counter = timm.create_model("debiformer_nano", num_classes=5).eval(), CompileCounter()
+    plain = timm.create_model("debiformer_nano", num_classes=5).eval()
+    plain.load_state_dict(model.state_dict())
+    model.compile_blocks(backend=counter, dynamic=True)
+    counts = []
+    with torch.inference_mode():
+        for size in ((4, 64, 96), (5, 80, 80), (6, 97, 130)):
+            x = images(*size)
+            torch.testing.assert_close(model(x), plain(x))
+            counts.append(counter.frame_count)
+    assert counts[0] == counts[-1]

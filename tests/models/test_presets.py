@@ -1,5 +1,7 @@
 """The presets against the published models, and against the interface that timm's users expect."""
 
+from unittest import mock
+
 import pytest
 import timm
 import torch
@@ -147,6 +149,17 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(stage.grad_checkpointing for stage in model.stages)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_checkpointed_blocks_stay_on_their_backend():
+    """The backward pass computes them again after the block that chose the backend has ended."""
+    model, x = nano().train(), torch.randn(2, 3, 64, 64)
+    model.set_grad_checkpointing(True)
+    with use_backend("reference"):
+        loss = model(x).square().mean()
+    with mock.patch.dict("debiformer.ops.deformable.IMPLEMENTATIONS", eager=None):
+        loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny", "biformer_stl"])

@@ -1,6 +1,6 @@
 """What every kernel takes of a GPU, as JSON: compiled ahead of time, no GPU needed.
 
-python tests/ops/kernel_resources.py 90 bfloat16
+python tests/ops/kernel_resources.py 90 bfloat16 [width of a head]
 """
 
 import json
@@ -35,7 +35,8 @@ DEFORMABLE = {
     "800x1344, stage 1": ((203, 336), 1176, 56),
     "64, stage 3": ((4, 4), 16, 4),
 }
-HEADS, WIDTH = 2, 32  # as in all models
+HEADS = 2
+WIDTH = 32  # of a head in all models
 
 
 class Nowhere:
@@ -73,21 +74,21 @@ def compiled_kernels(capability: int) -> Iterator[dict[str, object]]:
         JITFunction.run = run
 
 
-def routed_case(case, dtype: torch.dtype, heads: int = HEADS, width: int = WIDTH) -> None:
+def routed_case(case, dtype: torch.dtype, width: int) -> None:
     regions, tokens, key_regions, key_tokens, topk = case
-    q, d_out = (torch.empty(2, regions, tokens, heads, width, dtype=dtype, device="meta").permute(0, 3, 1, 2, 4) for _ in range(2))
-    k, v = (torch.empty(2, key_regions, key_tokens, heads, width, dtype=dtype, device="meta").permute(0, 3, 1, 2, 4) for _ in range(2))
+    q, d_out = (torch.empty(2, regions, tokens, HEADS, width, dtype=dtype, device="meta").permute(0, 3, 1, 2, 4) for _ in range(2))
+    k, v = (torch.empty(2, key_regions, key_tokens, HEADS, width, dtype=dtype, device="meta").permute(0, 3, 1, 2, 4) for _ in range(2))
     routes = torch.empty(2, regions, topk, dtype=torch.int64, device="meta")
     out, lse = routed_attention.forward(q, k, v, routes, 0.1)
     routed_attention.backward(q, k, v, routes, out, lse, d_out, 0.1)
 
 
-def deformable_case(case, dtype: torch.dtype, heads: int = HEADS, width: int = WIDTH) -> None:
+def deformable_case(case, dtype: torch.dtype, width: int) -> None:
     grid_size, count, side = case
     queries = grid_size[0] * grid_size[1]
-    q, d_out = (torch.empty(2, queries, heads, width, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
-    k, v = (torch.empty(2, count, heads, width, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
-    points, table = torch.empty(2, 1, count, 2, device="meta"), torch.empty(heads, 2 * side - 1, 2 * side - 1, device="meta")
+    q, d_out = (torch.empty(2, queries, HEADS, width, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
+    k, v = (torch.empty(2, count, HEADS, width, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
+    points, table = torch.empty(2, 1, count, 2, device="meta"), torch.empty(HEADS, 2 * side - 1, 2 * side - 1, device="meta")
     out, lse = deformable_attention.forward(q, k, v, points, table, grid_size, 0.1)
     deformable_attention.backward(q, k, v, points, table, out, lse, d_out, grid_size, 0.1)
 
@@ -103,16 +104,16 @@ def resources(kernel) -> dict[str, int]:
     return dict(registers=registers, spilled=stack + local, shared=kernel.metadata.shared, warps=kernel.metadata.num_warps)
 
 
-def main(capability: int, dtype: str) -> None:
+def main(capability: int, dtype: str, width: int = WIDTH) -> None:
     table = {}
     with compiled_kernels(capability) as found:
         for run, cases in ((routed_case, ROUTED), (deformable_case, DEFORMABLE)):
             for name, case in cases.items():
                 before = set(found)
-                run(case, getattr(torch, dtype))
+                run(case, getattr(torch, dtype), width)
                 table |= {f"{kernel} ({name})": resources(found[kernel]) for kernel in found if kernel not in before}
     print(json.dumps(table))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

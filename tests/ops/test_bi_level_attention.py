@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from debiformer.ops import bi_level_attention, merge, partition, route, routed_attention
+from debiformer.ops import bi_level_attention, deformable_attention, merge, partition, route, routed_attention
 from debiformer.ops.observation import watch
 
 GRID = (3, 2)
@@ -14,11 +14,14 @@ def maps(dtype=torch.float64):
     return [torch.randn(2, *size, 8, dtype=dtype) for size in ((3, 4), (6, 8), (6, 8))]
 
 
-@pytest.mark.parametrize("gather_cost", [-1, 24], ids=["gathered", "masked"])
-@pytest.mark.parametrize("soft", [False, True])
-def test_it_is_its_four_steps(soft, gather_cost, monkeypatch):
+MODULE = sys.modules[bi_level_attention.__module__]
+
+
+@pytest.mark.parametrize(("soft", "way"), [(False, "gathered"), (True, "gathered"), (False, "masked")])
+def test_it_is_its_four_steps(soft, way, monkeypatch):
     """Cut, route by the means, attend, lay back (BiFormer, eqs. 3-6), with queries on a coarser map."""
-    monkeypatch.setattr(sys.modules[bi_level_attention.__module__], "GATHER_COST", gather_cost)
+    monkeypatch.setattr(MODULE, "GATHER_COST", -1 if way == "gathered" else 1000)
+    monkeypatch.delattr(MODULE, "_masked" if way == "gathered" else "routed_attention")  # the other way is not taken
     q, k, v = (partition(x, GRID) for x in maps())
     routes, affinities = route(q.mean(2), k.mean(2), 2)
     weights = (0.3 * affinities).softmax(-1) if soft else None
@@ -50,7 +53,7 @@ def test_what_the_compiler_sees(strided):
 @pytest.mark.parametrize("topk", [2, 6])
 def test_a_watcher_sees_the_same_whichever_way_it_goes(topk, monkeypatch):
     def watched(gather_cost):
-        monkeypatch.setattr(sys.modules[bi_level_attention.__module__], "GATHER_COST", gather_cost)
+        monkeypatch.setattr(MODULE, "GATHER_COST", gather_cost)
         seen = []
         with watch(lambda name, **arguments: seen.append(arguments)):
             bi_level_attention(*maps(), GRID, topk, 2)
@@ -61,3 +64,59 @@ def test_a_watcher_sees_the_same_whichever_way_it_goes(topk, monkeypatch):
     for name in ("q", "k", "v", "routes"):
         torch.testing.assert_close(masked[name], gathered[name])
     assert gathered["scale"] == masked["scale"]
+
+
+def test_a_watcher_sees_nothing_of_what_is_compiled():
+    torch.compiler.reset()
+    compiled, seen = torch.compile(bi_level_attention, fullgraph=True, backend="aot_eager"), []
+    with torch.no_grad(), watch(lambda name, **arguments: seen.append(name)):
+        out = compiled(*maps(), GRID, 2, 2)
+    torch.testing.assert_close(out, bi_level_attention(*maps(), GRID, 2, 2))
+    assert not seen
+
+
+@pytest.mark.parametrize("gather_cost", [-1, 1000], ids=["gathered", "masked"])
+def test_bad_input_names_the_problem(gather_cost, monkeypatch):
+    monkeypatch.setattr(MODULE, "GATHER_COST", gather_cost)
+    q, k, v = maps()
+    bad = [
+        ((q, k, v.transpose(1, 2)), {}, r"expected q .* got q \(2, 3, 4, 8\), k \(2, 6, 8, 8\), v \(2, 8, 6, 8\)"),
+        ((q, k[:1], v[:1]), {}, "expected q"),
+        ((q, k.float(), v), {}, r"one floating-point dtype; got .*float32"),
+        ((q, k, v), {"num_heads": 0}, "num_heads=0"),
+        ((q, k, v), {"num_heads": 3}, "num_heads=3 does not divide the 8 channels"),
+        ((q, k, v), {"topk": 0}, "topk=0"),
+        ((q, k, v), {"topk": 7}, "topk=7 is not between 1 and the 6 regions"),
+        ((q, k, v), {"region_grid": (4, 2), "topk": 8}, "pad_to_grid"),
+    ]
+    for given, options, message in bad:
+        with pytest.raises(ValueError, match=message):
+            bi_level_attention(*given, **dict(region_grid=GRID, topk=2, num_heads=2) | options)
+
+
+def test_compiled_operations_follow_autocast():
+    """As eager ones do, whose attention PyTorch casts; called alone, with float32 maps."""
+    torch.compiler.reset()
+    whole = maps(torch.float32)
+    q, k, v = (x.flatten(1, 2).unflatten(-1, (2, 4)).transpose(1, 2) for x in whole)
+    points, table = torch.rand(2, 1, 48, 2), torch.randn(2, 5, 7)
+    regions = [x.unsqueeze(2) for x in (q, k, v)]
+    calls = [
+        lambda: bi_level_attention(*whole, GRID, 2, 2),
+        lambda: routed_attention(*regions, torch.zeros(2, 1, 1, dtype=torch.int64)),
+        lambda: deformable_attention(q, k, v, points, table, (3, 4)),
+    ]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for call in calls:
+            eager, compiled = call(), torch.compile(call, fullgraph=True, backend="aot_eager")()
+            assert eager.dtype == compiled.dtype == torch.bfloat16
+            torch.testing.assert_close(compiled, eager)
+
+
+def test_what_the_compiler_sees_of_the_eager_operations():
+    q, k, v = (x.flatten(1, 2).unflatten(-1, (2, 4)).transpose(1, 2) for x in maps())
+    points, table = torch.rand(2, 1, 48, 2, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
+    routes = torch.zeros(2, 1, 1, dtype=torch.int64)
+    torch.library.opcheck(torch.ops.debiformer.eager_routed_attention, (*(x.unsqueeze(2) for x in (q, k, v)), routes, 0.3, None))
+    torch.library.opcheck(torch.ops.debiformer.eager_deformable_attention, (q, k, v, points, table, 3, 4, 0.3))
+    torch.library.opcheck(torch.ops.debiformer.eager_sample_points, (maps()[1], points.view(2, 1, 6, 8, 2)))

@@ -77,14 +77,6 @@ def test_identity_values_give_the_weights(backend, topk):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_region_routed_to_twice_counts_twice(backend):
-    q, k, v, _ = random_case(1, 1, 1, 2, 4, 2, topk=1)
-    twice = routed_attention(q, k, v, torch.tensor([[[0, 0, 1]]]), backend=backend)
-    k3, v3 = (x[:, :, [0, 0, 1]] for x in (k, v))
-    torch.testing.assert_close(twice, routed_attention(q, k3, v3, torch.tensor([[[0, 1, 2]]]), backend="reference"))
-
-
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 @pytest.mark.parametrize("topk", [2, 3])
 def test_gradients(backend, topk):

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..autocast import autocast
 from . import launch
-from .launch import LOG2E, Tile, autocast, block, dot_dtype, float32_precision, heads_last, load_rows, readable, store_rows, width_block
+from .launch import LOG2E, Tile, block, dot_dtype, float32_precision, heads_last, load_rows, readable, store_rows, width_block
 from .table_gradient import TableGradient
 
 LOGIT_GRADIENT_BYTES = 32 << 20  # what the gradients of the logits may take at a time

@@ -1,4 +1,4 @@
-"""What both kernels share: tiles, precision, memory layout and autocast."""
+"""What both kernels share: tiles, precision and memory layout."""
 
 from typing import NamedTuple
 
@@ -55,14 +55,6 @@ def heads_last(x: Tensor) -> Tensor:
     """Empty memory for a tensor like `x` (B, H, ..., D) in the order (B, ..., H, D), so that callers merge the heads without a copy."""
     batch, heads, *rows, width = x.shape
     return x.new_empty(batch, *rows, heads, width).movedim(-2, 1)
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of the autocast region that runs, if one does."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 @triton.jit

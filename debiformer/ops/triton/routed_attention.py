@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .launch import LOG2E, Tile, autocast, block, dot_dtype, float32_precision, heads_last, load_rows, readable, store_rows, width_block
+from ..autocast import autocast
+from .launch import LOG2E, Tile, block, dot_dtype, float32_precision, heads_last, load_rows, readable, store_rows, width_block
 
 
 @triton.jit
