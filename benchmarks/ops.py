@@ -1,8 +1,8 @@
 """The two attention operations alone, against a gather with SDPA and the materialised form of the twin: python benchmarks/ops.py
 
 The arguments, routes and points included, are those that a model really passes: they are caught while it runs on random images. Equal
-outputs are asserted, runs are alternated, and memory is the peak above the arguments. --device cuda measures the fused kernels. On a CPU,
-small maps are attended to under a mask in the model (`bi_level_attention`), which gathers nothing: their rows are what gathering would cost.
+outputs are asserted, runs are alternated, and memory is the peak above the arguments. --device cuda measures the fused kernels. On a CPU
+the model attends to small maps under a mask (`bi_level_attention`), which gathers nothing: their rows are what gathering would cost.
 """
 
 import argparse

@@ -48,7 +48,7 @@ class PyramidStage(nn.Module):
 
     def _checkpointed(self, x: Tensor) -> Tensor:
         # The backward pass computes the blocks again, in another thread or after a `use_backend` block has ended: on the same backend.
-        contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(_again_on, requested_backend().backend)}
+        contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": partial(_again_on, requested_backend().backend)}
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False, **contexts)
         return x

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .backends import requested_backend
 from .autocast import autocast
+from .backends import requested_backend
 from .chunks import CHUNK, is_compiling_inference
 from .observation import is_watched, report, watch
 from .regions import Grid, merge, partition, region_size
