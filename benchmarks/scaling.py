@@ -8,6 +8,7 @@ trend. --plot draws the figure again from the saved results.
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -22,6 +23,7 @@ from record import RESULTS, save
 from debiformer.cli import bench
 
 SIZES = (224, 320, 448, 640, 896, 1280, 1664, 2048)
+FIGURE = Path(__file__).parents[1] / "docs" / "images" / "scaling.png"
 LIMIT = 60.0
 START = 30.0  # seconds that a fresh process may take to get ready
 MODELS = {  # name in the figure: model, form, colour of Okabe and Ito's palette, marker
@@ -54,7 +56,7 @@ def sweep(name: str, sizes: list[int], device: str, threads: int) -> list[dict[s
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """The figure of results/scaling.png, two panels on logarithmic axes."""
+    """The figure of the README, two panels on logarithmic axes."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
     for axis, key, title, scale in zip(axes, ("s", "MB"), ("seconds per image", "peak extra memory, GB"), (1, 1e-3), strict=True):
@@ -70,7 +72,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False)
-    figure.savefig(RESULTS / "scaling.png", dpi=150)
+    figure.savefig(FIGURE, dpi=150)
 
 
 def main() -> None:
