@@ -42,4 +42,12 @@ def over_chunks(attend: Callable[[slice], Tensor], rows: int, elements_per_row: 
     chunks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     if training:
         return torch.cat([checkpoint(attend, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks], dim)
-    return torch.cat([attend(chunk) for chunk in chunks], dim)
+    out: Tensor | None = None
+    for chunk in chunks:
+        part = attend(chunk)
+        if out is None:
+            out = part.new_empty([*part.shape[:dim], rows, *part.shape[dim + 1 :]])
+        # Parts kept until the end would lie between large temporaries that come and go, and fray the heap by gigabytes.
+        out.narrow(dim, chunk.start, chunk.stop - chunk.start).copy_(part)
+    assert out is not None
+    return out
