@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test check docs timm-tests clean
 
-quickstart: $(VENV)/ready ## train, test and explain a small model on bundled images
+quickstart: $(VENV)/usable ## train, test and explain a small model on bundled images
 	$(BIN)/debiformer quickstart
 
 test: check ## style, types and tests
@@ -23,9 +23,13 @@ docs: $(VENV)/ready ## the pages, into site/
 timm-tests: $(VENV)/ready ## timm's own tests on our presets: make timm-tests TIMM=path/to/a/timm/checkout
 	cd $(TIMM) && $(abspath $(BIN))/python -m pytest tests/test_models.py -p debiformer -k "(debiformer or biformer) and not torchscript"
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/usable: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e ".[train,explain]"
+	touch $@
+
+$(VENV)/ready: $(VENV)/usable
 	$(BIN)/pip install -q -e ".[dev]"
 	touch $@
 

@@ -32,4 +32,4 @@ if __name__ == "__main__":
         rows.append(run(seed))
         print(rows[-1], flush=True)
     print("balanced accuracy: lowest", min(r["balanced_accuracy"] for r in rows), "; linear", rows[0]["linear"])
-    print(save("quickstart", rows))
+    print(save("quickstart", rows, packages=["lightning"]))

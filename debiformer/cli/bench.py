@@ -34,8 +34,9 @@ def run(arguments: list[str]) -> int:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if torch.device(options.device).index is not None:
-        torch.accelerator.set_device_index(torch.device(options.device).index)  # the one that `synchronize` waits for
+    device = torch.device(options.device)
+    if device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device.index)  # the one that `synchronize` waits for
     kwargs = {name: model_arguments(name, options.image_size, options.region_grid) for name in dict.fromkeys(options.models)}
     costs = {name: count(name, options.image_size, kwargs[name]) for name in kwargs}
     x = torch.randn(options.batch_size, 3, *options.image_size, device=options.device)

@@ -42,6 +42,8 @@ def over_chunks(attend: Callable[[slice], Tensor], rows: int, elements_per_row: 
     chunks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     if training:
         return torch.cat([checkpoint(attend, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks], dim)
+    if torch.compiler.is_exporting():  # a graph does not write in place
+        return torch.cat([attend(chunk) for chunk in chunks], dim)
     out: Tensor | None = None
     for chunk in chunks:
         part = attend(chunk)

@@ -97,7 +97,7 @@ def test_bad_input_names_the_problem(gather_cost, monkeypatch):
 def test_compiled_operations_follow_autocast():
     """As eager ones do, whose attention PyTorch casts; called alone, with float32 maps."""
     torch.compiler.reset()
-    whole = maps(torch.float32)
+    whole, precise = maps(torch.float32), maps()
     q, k, v = (x.flatten(1, 2).unflatten(-1, (2, 4)).transpose(1, 2) for x in whole)
     points, table = torch.rand(2, 1, 48, 2), torch.randn(2, 5, 7)
     regions = [x.unsqueeze(2) for x in (q, k, v)]
@@ -111,6 +111,8 @@ def test_compiled_operations_follow_autocast():
             eager, compiled = call(), torch.compile(call, fullgraph=True, backend="aot_eager")()
             assert eager.dtype == compiled.dtype == torch.bfloat16
             torch.testing.assert_close(compiled, eager)
+        exact = torch.compile(lambda: bi_level_attention(*precise, GRID, 2, 2), fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(exact, bi_level_attention(*precise, GRID, 2, 2))  # float64 stays what it is
 
 
 def test_what_the_compiler_sees_of_the_eager_operations():

@@ -43,7 +43,7 @@ def test_routing_layer():
 def test_deformable_attention(train):
     """The bias of every pair would be 627,200 elements."""
     q, k, v = (torch.randn(1, 2, n, 8, requires_grad=train) for n in (6400, 49, 49))
-    points, table = torch.rand(1, 1, 49, 2), torch.randn(2, 13, 13, requires_grad=train)
+    points, table = torch.rand(1, 2, 49, 2), torch.randn(2, 13, 13, requires_grad=train)
     with Largest() as largest:
         out = deformable_attention(q, k, v, points, table, (80, 80))
         if train:
