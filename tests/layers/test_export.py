@@ -5,6 +5,7 @@ import timm
 import torch
 
 from debiformer.layers import BiLevelRoutingAttention, DeformableBiLevelRoutingAttention
+from debiformer.ops import chunks
 
 
 @pytest.mark.parametrize("topk", [1, 9, 16])  # gathered, masked, everywhere
@@ -18,6 +19,12 @@ def test_graph_gives_what_the_layer_gives(topk, size, groups):
     layer, x = layer.double().eval(), torch.randn(2, *size, 8, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_a_large_map_is_exported_in_chunks(groups, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK", 512)
+    test_graph_gives_what_the_layer_gives(1, (13, 10), groups)
 
 
 def test_openvino_gives_what_the_model_gives():
