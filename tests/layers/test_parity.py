@@ -2,6 +2,7 @@
 
 import pytest
 from goldens import Golden, cases
+from kernels import DEVICE
 
 from debiformer.layers import BiLevelRoutingAttention, DeformableBiLevelRoutingAttention, FullAttention
 from debiformer.models.checkpoints import our_name
@@ -35,17 +36,23 @@ def test_every_layer_case_is_tried():
     assert set(cases("op_")) == set(LAYERS)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("case", LAYERS)
-def test_layer(case, backend):
-    golden = Golden(case)
-    layer = LAYERS[case]().double()
-    layer.backend = backend
+def loaded(case, golden):
+    """The layer with the golden weights, and our name of each of theirs."""
+    layer = LAYERS[case]()
     prefix = "stages.0.blocks.0.attn."
     ours = {key: our_name(prefix + key, paired=False).removeprefix("stages.0.blocks.0.mixer.") for key in golden.state_dict}
     expected = layer.state_dict()
     layer.load_state_dict({ours[key]: t.reshape(expected[ours[key]].shape) for key, t in golden.state_dict.items()})
+    return layer, ours
 
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_layer(case, backend):
+    golden = Golden(case)
+    layer, ours = loaded(case, golden)
+    layer = layer.double()
+    layer.backend = backend
     nhwc = golden.meta["layout"] == "NHWC"
     x = golden.input().double().requires_grad_()
     y = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if nhwc else layer(x)
@@ -57,3 +64,17 @@ def test_layer(case, backend):
     assert found.keys() == golden.meta["outputs"].keys()
     for name, value in found.items():
         assert golden.error(name, value) < 1e-6, name  # recorded in float32
+
+
+@pytest.mark.parametrize("case", ["op_bra_legacy", "op_dbra_512"])
+def test_layer_on_the_fused_kernels(case):
+    """In float32, which is the most precise that they take."""
+    pytest.importorskip("triton")
+    golden = Golden(case)
+    layer, ours = loaded(case, golden)
+    layer.backend = "triton"
+    layer, x = layer.to(DEVICE), golden.input().to(DEVICE).requires_grad_()
+    y = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if golden.meta["layout"] == "NHWC" else layer(x)
+    (y * golden.cotangent().to(DEVICE)).sum().backward()
+    assert golden.error("output", y.cpu()) < 1e-4
+    assert golden.error("grad_input", x.grad.cpu()) < 1e-4
