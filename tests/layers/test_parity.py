@@ -71,7 +71,7 @@ def test_layer_on_the_fused_kernels(case):
     """In float32, which is the most precise that they take."""
     pytest.importorskip("triton")
     golden = Golden(case)
-    layer, ours = loaded(case, golden)
+    layer, _ = loaded(case, golden)
     layer.backend = "triton"
     layer, x = layer.to(DEVICE), golden.input().to(DEVICE).requires_grad_()
     y = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if golden.meta["layout"] == "NHWC" else layer(x)
