@@ -45,14 +45,16 @@ def pad_to_grid(x: Tensor, grid: Grid) -> Tensor:
     below, right = height - x.shape[1], width - x.shape[2]
     if statically_known_true(below == 0) and statically_known_true(right == 0):
         return x
-    return F.pad(x, (0, 0, 0, right, 0, below))  # a graph for every size pads each of them, if by nothing
+    # A graph for every size pads each of them, if by nothing, which alone would leave the strides as they are.
+    return F.pad(x.contiguous() if is_compiling() else x, (0, 0, 0, right, 0, below))
 
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:
     """The upper left `height` x `width` of a map (B, H, W, C); undoes `pad_to_grid`."""
     below, right = x.shape[1] - height, x.shape[2] - width
     if is_compiling() and not (statically_known_true(below == 0) and statically_known_true(right == 0)):
-        return F.pad(x, (0, 0, 0, -right, 0, -below))  # a slice is contiguous or not: a graph with it would not serve every size
+        # A slice is contiguous or not: a graph with it would not serve every size.
+        return F.pad(x.contiguous(), (0, 0, 0, -right, 0, -below))
     return x[:, :height, :width]
 
 

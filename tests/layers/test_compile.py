@@ -34,7 +34,7 @@ def test_one_graph_has_the_gradients_of_all_sizes(name):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     counts = []
-    for batch, height, width in ((2, 21, 19), (3, 32, 40)):
+    for batch, height, width in ((2, 21, 19), (3, 32, 40), (2, 33, 20)):  # padded, not padded, padded below
         x = torch.randn(batch, height, width, 16, dtype=torch.float64)
         x = (x.permute(0, 3, 1, 2) if layer.layout == "NCHW" else x).requires_grad_()
         cotangent, inputs = torch.randn_like(x), [x, *layer.parameters()]
