@@ -120,7 +120,7 @@ MODELS = {
 def measure(part: str, threads: int, **case: Any) -> Rows:
     """One part, in this process."""
     torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions as in products
+    torch.backends.cudnn.allow_tf32 = False  # which torch allows convolutions by default, and products not
     return PARTS[part](**case)
 
 

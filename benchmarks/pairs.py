@@ -34,8 +34,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @torch.no_grad()
 def check_equal(models: dict[str, nn.Module], x: Tensor) -> float:
     """The largest relative distance between the first model's output and the others'; a RuntimeError if it is above the tolerance."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # which torch allows convolutions by default
-        (first, expected), *others = [(name, model(x)) for name, model in models.items()]
+    (first, expected), *others = [(name, model(x)) for name, model in models.items()]
     errors = {name: relative_error(out, expected) for name, out in others}
     if max(errors.values()) > TOLERANCE:
         raise RuntimeError(f"outputs differ from those of {first}, relative L2 {errors}: there is nothing to compare the speed of")

@@ -91,14 +91,12 @@ def _swapped(tiles: Tensor) -> Tensor:
     return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-# Cutting and merging stay whole in compiled graphs: the symbolic shapes of views and copies take a compiler minutes and a graph per size.
-
-
 def _unshared(output: Tensor, given: Tensor) -> Tensor:
     """Contiguous, and a copy where it is a view: an opaque operation must not return its input's memory."""
     return output.clone(memory_format=torch.contiguous_format) if output.data_ptr() == given.data_ptr() else output.contiguous()
 
 
+# Cutting and merging stay whole in compiled graphs: the symbolic shapes of views and copies take a compiler minutes and a graph per size.
 @torch.library.custom_op("debiformer::partition", mutates_args=())
 def _opaque_partition(x: Tensor, rows: int, cols: int) -> Tensor:
     return _unshared(partition(x, (rows, cols)), x)

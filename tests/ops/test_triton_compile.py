@@ -14,16 +14,15 @@ from debiformer.ops.backends import WIDEST_HEAD
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-# Of its own accord, ptxas spills a few registers where that makes room for one more block.
-HARMLESS = 32  # bytes
+# Of its own accord, ptxas spills a register or two where that makes room for one more block.
+HARMLESS = 16  # bytes
+# Compute capability, dtype, width of a head, and bytes that may be spilled: the models', and the widest heads that are taken.
+MODELS = [(capability, dtype, 32, HARMLESS) for capability, dtype in ((80, "float16"), (80, "float32"), (90, "bfloat16"), (90, "float32"))]
+WIDEST = [(80, "float16", 64, 2 * HARMLESS), (90, "bfloat16", 64, HARMLESS)]  # and 32 in float32
 
 
-MODELS = [(80, "float16", 32), (80, "float32", 32), (90, "bfloat16", 32), (90, "float32", 32)]
-WIDEST = [(80, "float16", 64), (90, "bfloat16", 64)]  # and 32 in float32
-
-
-@pytest.mark.parametrize(("capability", "dtype", "width"), MODELS + WIDEST)
-def test_nothing_spills(capability, dtype, width):
+@pytest.mark.parametrize(("capability", "dtype", "width", "harmless"), MODELS + WIDEST)
+def test_nothing_spills(capability, dtype, width, harmless):
     assert width <= WIDEST_HEAD[getattr(torch, dtype)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("kernel_resources.py")
@@ -32,4 +31,4 @@ def test_nothing_spills(capability, dtype, width):
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout)
     assert len({name.split()[0] for name in kernels}) == 7
-    assert not {name: kernel for name, kernel in kernels.items() if kernel["spilled"] > HARMLESS}
+    assert not {name: kernel for name, kernel in kernels.items() if kernel["spilled"] > harmless}
