@@ -1,0 +1,25 @@
+"""Random numbers as a function of what they are for, so that a run that was cut off goes on with those it would have had."""
+
+import os
+import random
+
+import numpy as np
+import torch
+
+
+def run_seed() -> int:
+    """The seed that Lightning's `seed_everything` was called with; 0 where it was not."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def seed_from(*key: int) -> int:
+    """A seed of 63 bits from numbers of 0 and above: unlike their sum, it differs wherever they do."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def reseed(*key: int) -> None:
+    """Seed the generators of Python, NumPy and PyTorch from `key` and from nothing else."""
+    seed = seed_from(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
