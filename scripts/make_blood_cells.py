@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from debiformer.data.blood_cells import SAMPLE, Box, crop
-from debiformer.data.images import SPLITS
+from debiformer.data.folders import SPLITS
 
 CLASSES = {"Platelets": "platelet", "RBC": "rbc", "WBC": "wbc"}
 # The same field as BloodImage_00038 of the training list at another focus, and the only such pair: their thumbnails correlate by 0.97,

@@ -18,7 +18,7 @@ from debiformer.cli import COMMANDS, main
 COLOURS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
 SMALL_RUN = """
 data:
-  class_path: debiformer.data.images.ImageFolders
+  class_path: debiformer.data.folders.ImageFolders
   init_args: {input_size: 32, batch_size: 5, num_workers: 0}
 model: {model: test_convnext, lr: 2.0e-3}
 trainer: {accelerator: cpu, max_epochs: 4, log_every_n_steps: 2}

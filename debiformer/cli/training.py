@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -16,21 +18,35 @@ from rich.console import Console
 from rich.table import Table
 
 from ..nearest import did_you_mean
+from ..tasks.checkpointing import LastCheckpoint, WholeCheckpoints
 from ..tasks.classification import ClassificationTask, ClassScore
 from ..tasks.prediction import PREPROCESSING, read_hyperparameters
 
 USAGE = {
-    "fit": "debiformer fit --config RECIPE_OR_FILE [--data.root DIR] [--name RUN] [--ckpt_path last] [options: see --help]",
+    "fit": "debiformer fit --config RECIPE_OR_FILE [--data.root DIR] [--name RUN] [options: see --help]",
     "validate": "debiformer validate --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
     "test": "debiformer test --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
 }
 FROM_DATA = ("class_names", *PREPROCESSING)  # what the data tells the model
+MAY_CHANGE = {  # between two starts of a run: where and how it runs, not what it computes
+    "ckpt_path",
+    "data.init_args.num_workers",
+    "data.init_args.root",
+    "trainer.accelerator",
+    "trainer.default_root_dir",
+    "trainer.devices",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "checkpoint_minutes",
+}
 
 
 def known_recipes() -> dict[str, Path]:
     """The bundled recipes by name."""
-    found = (Path(str(file)) for file in files("debiformer.recipes").iterdir() if file.name.endswith(".yaml"))
-    return {path.stem: path for path in sorted(found)}
+    folder = Path(str(files("debiformer.recipes")))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
@@ -45,7 +61,7 @@ def find_recipe(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     known = ", ".join(recipes)
-    raise FileNotFoundError(f"--config {name}: no such file, and no such recipe ({known}); {did_you_mean(Path(name).stem, recipes)}")
+    raise FileNotFoundError(f"--config {name}: no such file, and no such recipe ({known}); {did_you_mean(name, recipes)}")
 
 
 def fit(arguments: list[str]) -> int:
@@ -94,6 +110,18 @@ def run(command: str, arguments: list[str]) -> "TrainingCLI":
     return TrainingCLI([command, *line], run_name=recipes[0].stem if recipes else None)
 
 
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _paired(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (then.get(name), now.get(name)) for name in then | now}
+
+
 def config_of_run(checkpoint: Path) -> Path:
     """The config that fit wrote beside the folder of its checkpoints; raises a FileNotFoundError where the checkpoint was moved away."""
     config = checkpoint.parent.parent / "config.yaml"
@@ -115,7 +143,7 @@ class TrainingCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},  # before_instantiate_classes has made sure of it
             seed_everything_default=0,
-            trainer_defaults={"default_root_dir": "runs"},
+            trainer_defaults={"default_root_dir": "runs", "use_distributed_sampler": False},  # the samplers know the processes
             parser_kwargs={"prog": "debiformer", **{name: {"usage": usage} for name, usage in USAGE.items()}},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the task's arguments are plain, its checkpoint needs no help
@@ -129,6 +157,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add --name, and link the data into the model."""
         parser.add_argument("--name", default=self.run_name, help="Name of the run: its folder in trainer.default_root_dir.")
+        parser.add_argument("--checkpoint_minutes", type=float, default=10.0, help="Minutes from one last.ckpt to the next.")
         for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
@@ -150,18 +179,45 @@ class TrainingCLI(LightningCLI):
                 config.model[name] = hparams[name]
             config.model.pretrained = False
             return
-        if config.ckpt_path == "last":
-            config.ckpt_path = str(self.folder / "checkpoints" / "last.ckpt")
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if last.is_file() and not config.ckpt_path:
+            config.ckpt_path = str(last)
         if config.ckpt_path:
             read_hyperparameters(Path(config.ckpt_path))
-        else:
-            self.refuse_to_overwrite()
+        self.check_run()
 
-    @rank_zero_only  # the other ranks may start after the first has made the folder
-    def refuse_to_overwrite(self) -> None:
-        """Raise a FileExistsError if the run's folder is there."""
-        if self.folder.exists():
-            raise FileExistsError(f"{self.folder} holds a run: resume it with --ckpt_path last, or name another with --name")
+    @rank_zero_only  # the other processes may start after the first has made the folder
+    def check_run(self) -> None:
+        """See that the run's folder can be written and, where a run was begun there, that this is the same.
+
+        Raises:
+            FileExistsError: If the folder holds something else.
+            PermissionError: If it cannot be written.
+            ValueError: If the settings are not those that the run began with.
+        """
+        begun = self.folder / "config.yaml"
+        if not begun.is_file():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise FileExistsError(f"{self.folder} is no run of debiformer fit, it has no {begun.name}: name another folder with --name")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
+            except OSError as error:
+                raise PermissionError(
+                    f"the run's folder {self.folder} cannot be written ({error.strerror}): choose another with --trainer.default_root_dir"
+                ) from error
+            return
+        now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
+        then = yaml.safe_load(begun.read_text())
+        changed = sorted(name for name, (was, is_) in _paired(_flat(then), _flat(now)).items() if was != is_ and name not in MAY_CHANGE)
+        if changed:
+            pairs = _paired(_flat(then), _flat(now))
+            told = ", ".join(f"{name} was {pairs[name][0]} and is {pairs[name][1]}" for name in changed)
+            raise ValueError(
+                f"{self.folder} holds a run with other settings: {told}. Go on with those it began with, or begin another run with --name; "
+                f"to change them for the rest of this one, edit {begun}"
+            )
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of other classes than the data's, and say where images are prepared otherwise than they were for it."""
@@ -187,10 +243,10 @@ class TrainingCLI(LightningCLI):
         if self.subcommand != "fit":
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
         checkpoints = self.folder / "checkpoints"
-        # save_last of one callback skips every epoch that is not a best one (Lightning 2.6): hence two callbacks
         self.best = ModelCheckpoint(checkpoints, "best", monitor="val/acc", mode="max", enable_version_counter=False)
-        last = ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+        last = LastCheckpoint(checkpoints, self.config[self.subcommand].checkpoint_minutes)
         config.callbacks += [self.best, last]
+        config.plugins = [*(config.plugins or []), WholeCheckpoints()]
         if config.logger is None:
             starts = len(list((self.folder / "csv").glob("*")))  # CSVLogger deletes what an earlier start wrote
             tensorboard = TensorBoardLogger(self.folder, name="", version="", default_hp_metric=False)

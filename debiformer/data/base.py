@@ -1,4 +1,4 @@
-"""What every image data module does, wherever its images come from: augment, batch, spread over processes, and pass over what is damaged."""
+"""What every image data module does, wherever its images are: augment, batch, spread over processes, pass over what is damaged."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -13,11 +13,10 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..seeding import reseed, run_seed
+from ..seeding import Use, reseed, run_seed
 from .images import UnreadableImage, check_preprocessing
 from .sampling import PADDING, Draw, EvaluationSampler, TrainingSampler
 
-ERASING = 1  # sets its random numbers apart from others of the same batch
 IGNORED = -1  # the target of what stands in for an image: no loss and no metric counts it
 
 
@@ -53,6 +52,11 @@ class ImageBatch(NamedTuple):
     damaged: list[str]
 
 
+def blank(size: tuple[int, int], name: str = "", damaged: Sequence[str] = ()) -> Sample:
+    """Stands in for an image in evaluation, and is not counted."""
+    return Sample(torch.zeros(3, *size, dtype=torch.uint8), IGNORED, name, list(damaged))
+
+
 def collate(samples: Sequence[Sample]) -> ImageBatch:
     """Samples to a batch."""
     images, targets, names, damaged = zip(*samples, strict=True)
@@ -66,8 +70,8 @@ class ReadImages(Dataset[Sample]):
     the next one takes its place, in evaluation a black image that is not counted.
     """
 
-    def __init__(self, images: ImageList, transform: Callable[[Image.Image], Any], size: tuple[int, int], training: bool, seed: int) -> None:
-        self.images, self.transform, self.size, self.training, self.seed = images, transform, size, training, seed
+    def __init__(self, images: ImageList, transform: Callable[[Image.Image], Any], size: tuple[int, int], training: bool) -> None:
+        self.images, self.transform, self.size, self.training, self.seed = images, transform, size, training, run_seed()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -75,26 +79,23 @@ class ReadImages(Dataset[Sample]):
     def __getitem__(self, draw: Draw) -> Sample:
         damaged: list[str] = []
         if draw.index == PADDING:
-            return self._blank("", damaged)
+            return blank(self.size)
         for index in (step % len(self) for step in range(draw.index, draw.index + len(self))):
             try:
                 image, target = self.images.read(index)
             except UnreadableImage as error:
                 damaged.append(str(error))
                 if not self.training:
-                    return self._blank(self.images.name(index), damaged)
+                    return blank(self.size, self.images.name(index), damaged)
                 continue
             if self.training:
-                reseed(self.seed, draw.epoch, index)
+                reseed(Use.IMAGE, self.seed, draw.epoch, index)
             return Sample(torch.from_numpy(self.transform(image)), target, self.images.name(index), damaged)
         raise UnreadableImage(f"none of the {len(self)} images can be read; the last: {damaged[-1]}")
 
-    def _blank(self, name: str, damaged: list[str]) -> Sample:
-        return Sample(torch.zeros(3, *self.size, dtype=torch.uint8), IGNORED, name, damaged)
 
-
-class ImageData(LightningDataModule, ABC):
-    """Batches of labelled images; a subclass says where they come from.
+class ImageData(LightningDataModule):
+    """Batches of labelled images; a subclass says where they come from, and gives the loaders.
 
     Batches are `ImageBatch`; by the time that a task of Lightning's sees them, images are float and normalised, and messages about
     damaged files have been written down.
@@ -164,60 +165,29 @@ class ImageData(LightningDataModule, ABC):
         )
         self.damaged: dict[str, None] = {}  # messages, in the order of their coming
 
-    @abstractmethod
-    def images(self, split: str) -> ImageList:
-        """The images of `train`, `val` or `test`.
-
-        Raises:
-            ValueError: If there is no such split.
-        """
-
     @property
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.class_names)
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled batches, all of one size; after a restart, those that the run had not yet seen."""
-        images = self.images("train")
-        sampler = TrainingSampler(len(images), self.batch_size, run_seed(), *self._process())
-        if self.trainer:
-            limit = self.trainer.limit_train_batches
-            per_epoch = min(limit, sampler.batches) if isinstance(limit, int) else int(limit * sampler.batches)
-            sampler.go_on(self._batches_done(), max(per_epoch, 1))
-        return self._loader(images, sampler, training=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """All validation images in order."""
-        return self._evaluation("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """All test images in order; raises ValueError if there are none."""
-        return self._evaluation("test")
-
-    def _evaluation(self, split: str) -> DataLoader:
-        images = self.images(split)
-        return self._loader(images, EvaluationSampler(len(images), *self._process()), training=False)
-
-    def _process(self) -> tuple[int, int]:
-        """Rank and world size."""
+    def process(self) -> tuple[int, int]:
+        """Rank of this process, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _batches_done(self) -> int:
+    def batches_done(self) -> int:
         """Batches that the run has trained on, in all epochs and before any restart."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
 
-    def _loader(self, images: ImageList, sampler: TrainingSampler | EvaluationSampler, training: bool) -> DataLoader:
-        transform = self.augment if training else self.evaluate
-        return DataLoader(
-            ReadImages(images, transform, self.input_size[1:], training, run_seed()),
-            sampler.batch_size if isinstance(sampler, TrainingSampler) else self.batch_size,
-            sampler=sampler,  # type: ignore[arg-type]  # DataLoader is typed for indices
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def position(self, batches: int) -> tuple[int, int]:
+        """The epoch that the run is in, and the batch of it that comes next, where an epoch has so many batches."""
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        per_epoch = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+        return divmod(self.batches_done(), max(per_epoch, 1))
+
+    def loader_options(self) -> dict[str, Any]:
+        """What all loaders have in common."""
+        workers = dict(num_workers=self.num_workers, persistent_workers=self.num_workers > 0)
+        return dict(collate_fn=collate, pin_memory=torch.cuda.is_available(), **workers)
 
     def on_before_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Write down what could not be read.
@@ -242,8 +212,10 @@ class ImageData(LightningDataModule, ABC):
         mean, std = (torch.tensor(value, device=batch.images.device).view(shape) for value in (self.mean, self.std))
         images = batch.images.float().div_(255).sub_(mean).div_(std)
         if self.re_prob and self.trainer and self.trainer.training:
-            reseed(run_seed(), ERASING, self.trainer.global_rank, self._batches_done())
+            reseed(Use.ERASING, run_seed(), self.trainer.global_rank, self.batches_done())
             RandomErasing(self.re_prob, mode="pixel", device=images.device)(images)
+        if self.trainer:
+            images = self.trainer.precision_plugin.convert_input(images)  # for models that are in half precision themselves
         return batch._replace(images=images)
 
     def state_dict(self) -> dict[str, list[str]]:
@@ -253,3 +225,40 @@ class ImageData(LightningDataModule, ABC):
     def load_state_dict(self, state_dict: dict[str, list[str]]) -> None:
         """Take up what a checkpoint remembers."""
         self.damaged = dict.fromkeys(state_dict["damaged"])
+
+
+class IndexedImages(ImageData, ABC):
+    """Images that can be read in any order."""
+
+    @abstractmethod
+    def images(self, split: str) -> ImageList:
+        """The images of `train`, `val` or `test`.
+
+        Raises:
+            ValueError: If there is no such split.
+        """
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches, all of one size; after a restart, those that the run had not yet seen."""
+        images = self.images("train")
+        sampler = TrainingSampler(len(images), self.batch_size, run_seed(), *self.process())
+        sampler.go_on(*self.position(sampler.batches))
+        return self._loader(images, sampler, training=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """All validation images in order."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """All test images in order; raises ValueError if there are none."""
+        return self._evaluation("test")
+
+    def _evaluation(self, split: str) -> DataLoader:
+        images = self.images(split)
+        return self._loader(images, EvaluationSampler(len(images), *self.process()), training=False)
+
+    def _loader(self, images: ImageList, sampler: TrainingSampler | EvaluationSampler, training: bool) -> DataLoader:
+        batch_size = sampler.batch_size if isinstance(sampler, TrainingSampler) else self.batch_size
+        transform = self.augment if training else self.evaluate
+        read = ReadImages(images, transform, self.input_size[1:], training)
+        return DataLoader(read, batch_size, sampler=sampler, **self.loader_options())  # type: ignore[arg-type]  # typed for indices

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
-from .images import SPLITS, ClassFolders, ImageFolders
+from .folders import SPLITS, ImageFolders
 
 SAMPLE = Path(str(files("debiformer.data").joinpath("blood_cells")))
 CROP_SIZE = 80
@@ -93,14 +93,14 @@ def linear_baseline(size: int = 32) -> LinearBaseline:
     Args:
         size: The crops are first resized to this many pixels on each side.
     """
-    splits = {
-        split: ClassFolders(SAMPLE / split, lambda image: pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC)))
-        for split in SPLITS
-    }
-    pixels = {split: torch.stack([image for image, _ in dataset]).flatten(1).float() for split, dataset in splits.items()}
+    data, pixels, labels = BloodCells(), {}, {}
+    for split in SPLITS:
+        rows = [data.images(split).read(index) for index in range(len(data.images(split)))]
+        crops = [pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC)) for image, _ in rows]
+        pixels[split], labels[split] = torch.stack(crops).flatten(1).float(), torch.tensor([label for _, label in rows])
     mean, scale = pixels["train"].mean(0), pixels["train"].std() * pixels["train"].shape[1] ** 0.5
     inputs = {split: F.pad((x - mean) / scale, (0, 1), value=1.0) for split, x in pixels.items()}  # a column of ones is the bias
-    targets = {split: F.one_hot(torch.tensor(dataset.targets)) for split, dataset in splits.items()}
+    targets = {split: F.one_hot(values) for split, values in labels.items()}
 
     def class_accuracy(weight: Tensor, split: str) -> Tensor:
         hits = F.one_hot((inputs[split] @ weight).argmax(1), len(weight.T)) * targets[split]
@@ -109,7 +109,7 @@ def linear_baseline(size: int = 32) -> LinearBaseline:
     weights = [_fit_linear(inputs["train"], targets["train"], penalty) for penalty in PENALTIES]
     best = max(weights, key=lambda weight: class_accuracy(weight, "val").mean().item())
     scores = class_accuracy(best, "test")
-    return LinearBaseline(scores.mean().item(), dict(zip(splits["test"].classes, scores.tolist(), strict=True)))
+    return LinearBaseline(scores.mean().item(), dict(zip(data.class_names, scores.tolist(), strict=True)))
 
 
 def _fit_linear(inputs: Tensor, targets: Tensor, penalty: float) -> Tensor:

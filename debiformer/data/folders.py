@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from .base import ImageData
+from .base import IndexedImages
 from .images import is_image, looked_for, read_image
 
 SPLITS = ("train", "val", "test")
@@ -77,7 +77,7 @@ def _images_below(folder: Path) -> Iterable[Path]:
         yield from (Path(parent, name) for name in names if is_image(name))
 
 
-class ImageFolders(ImageData):
+class ImageFolders(IndexedImages):
     """Images in class folders: `root/train/CLASS/*`, `root/val/CLASS/*` and perhaps `root/test/CLASS/*`, or only `root/CLASS/*`.
 
     Args:

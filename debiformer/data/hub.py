@@ -8,11 +8,11 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from .base import ImageData
+from .base import IndexedImages
 from .images import decode_image
 
 
-class HuggingFaceImages(ImageData):
+class HuggingFaceImages(IndexedImages):
     """A data set of Hugging Face's `datasets`: from the hub, a folder of files, or a folder that `save_to_disk` wrote.
 
     Args:
@@ -61,10 +61,10 @@ class HuggingFaceImages(ImageData):
 
     def images(self, split: str) -> "_Rows":
         """The rows of a split; raises ValueError where there is none."""
-        if self.split_names[split] not in self.splits:
-            raise ValueError(f"{self.path} has no split {self.split_names[split]!r} but {', '.join(self.splits)}: name it with {split}_split")
-        part = self.splits[self.split_names[split]]
-        return _Rows(part, self.image_column, self.label_column, f"{self.path}, {self.split_names[split]}")
+        name = self.split_names[split]
+        if name not in self.splits:
+            raise ValueError(f"{self.path} has no split {name!r} but {', '.join(self.splits)}: name it with {split}_split")
+        return _Rows(self.splits[name], self.image_column, self.label_column, f"{self.path}, {name}")
 
 
 class _Rows:
@@ -86,7 +86,7 @@ class _Rows:
         return decode_image(file, self.name(index)), row[self.label_column]
 
 
-class TimmImages(ImageData):
+class TimmImages(IndexedImages):
     """What `timm.data.create_dataset` can read: a tar file of class folders, a folder, or one of torchvision's data sets.
 
     Args:

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from .base import ImageData
+from .base import IndexedImages
 from .folders import LabelledFiles, files_of_classes, find_classes
 from .images import find_images
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
-class ImageNet(ImageData):
+class ImageNet(IndexedImages):
     """`root/train/WNID/*`, and the validation images in `root/val`, unsorted, with a list that labels them.
 
     Args:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from ..seeding import seed_from
+from ..seeding import Use, seed_from
 
 PADDING = -1  # an index that stands for no image
 
@@ -43,9 +43,9 @@ class TrainingSampler(Sampler[Draw]):
         self.batches = images // (self.batch_size * world_size)  # per epoch
         self.epoch = self.first = 0
 
-    def go_on(self, batches_done: int, batches_per_epoch: int) -> None:
-        """Begin after so many batches of the run; the next epoch is whole again."""
-        self.epoch, self.first = divmod(batches_done, batches_per_epoch)
+    def go_on(self, epoch: int, batch: int) -> None:
+        """Begin with this batch of this epoch; the next epoch is whole again."""
+        self.epoch, self.first = epoch, batch
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of another epoch from now on; Lightning calls it."""
@@ -56,7 +56,7 @@ class TrainingSampler(Sampler[Draw]):
 
     def __iter__(self) -> Iterator[Draw]:
         epoch, first, self.first = self.epoch, self.first, 0
-        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(seed_from(self.seed, epoch)))
+        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(seed_from(Use.ORDER, self.seed, epoch)))
         for batch in range(first, self.batches):
             start = (batch * self.world_size + self.rank) * self.batch_size
             yield from (Draw(index, epoch) for index in order[start : start + self.batch_size].tolist())

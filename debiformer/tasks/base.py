@@ -3,11 +3,13 @@
 import math
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from ..models.checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..models.pyramid import Pyramid
 from ..nearest import did_you_mean
+from ..seeding import Use, reseed, run_seed
 
 
 def create_model(name: str, num_classes: int, pretrained: bool | str = False, **model_args: Any) -> nn.Module:
@@ -68,11 +71,18 @@ def load_weights(model: nn.Module, path: str) -> None:
 class BaseTask(LightningModule):
     """A model with an optimizer, a schedule and a loss that must stay finite.
 
-    A subclass calls `save_hyperparameters` with optimizer, lr, weight_decay, layer_decay, warmup_epochs, warmup_lr and min_lr among the
-    arguments, then `check_hyperparameters`, and sets `model`.
+    A subclass calls `save_hyperparameters` with optimizer, lr, lr_batch_size, weight_decay, layer_decay, warmup_epochs, warmup_lr, min_lr and on_nonfinite among
+    the arguments, then `check_hyperparameters`, and sets `model`.
     """
 
     model: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped = 0  # updates left out
+        self.losses: list[Tensor] = []  # since the last update
+        self.names: list[str] = []
+        self.batch: Any = None
 
     def check_hyperparameters(self) -> None:
         """Raise a ValueError that names the first optimizer or schedule argument that cannot work."""
@@ -82,9 +92,13 @@ class BaseTask(LightningModule):
             raise ValueError(f"optimizer={hparams['optimizer']!r} is unknown to timm: {did_you_mean(hparams['optimizer'], optimizers)}")
         if not hparams["lr"] > 0:
             raise ValueError(f"lr={hparams['lr']} must be above 0")
+        if hparams["lr_batch_size"] is not None and hparams["lr_batch_size"] < 1:
+            raise ValueError(f"lr_batch_size={hparams['lr_batch_size']} must be above 0, or left out")
         for name in ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
             if not hparams[name] >= 0:
                 raise ValueError(f"{name}={hparams[name]} must not be below 0")
+        if hparams["on_nonfinite"] not in ("stop", "skip"):
+            raise ValueError(f"on_nonfinite={hparams['on_nonfinite']!r} is neither 'stop' nor 'skip'")
         if hparams["layer_decay"] is not None and not 0 < hparams["layer_decay"] <= 1:
             raise ValueError(f"layer_decay={hparams['layer_decay']} must be above 0 and at most 1, or left out")
 
@@ -94,7 +108,7 @@ class BaseTask(LightningModule):
         optimizer = create_optimizer_v2(
             self.model,
             opt=hparams["optimizer"],
-            lr=hparams["lr"],
+            lr=self.scaled_lr(),
             weight_decay=hparams["weight_decay"],
             layer_decay=hparams["layer_decay"],
         )
@@ -118,23 +132,73 @@ class BaseTask(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def scaled_lr(self) -> float:
+        """`lr`, in proportion to the images of an update where it is for another number of them."""
+        lr, per = self.hparams["lr"], self.hparams["lr_batch_size"]
+        if per is None:
+            return lr
+        batch_size = getattr(self.trainer.datamodule, "batch_size", None)
+        if batch_size is None:
+            raise ValueError(f"lr_batch_size={per} needs a data module that has a batch_size to scale lr={lr} by")
+        return lr * batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches / per
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Tell timm's scheduler the number of updates done."""
         scheduler.step_update(self.global_step)
 
-    def log_training(self, loss: Tensor, batch_idx: int) -> None:
-        """Log train/loss and train/lr.
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make what is random about the step a function of seed, process and step."""
+        reseed(Use.STEP, run_seed(), self.global_rank, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
-        Raises:
-            FloatingPointError: If the loss is not finite.
-        """
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"train/loss is {loss.item()} at epoch {self.current_epoch}, batch {batch_idx}: lower model.lr (now {self.hparams['lr']}), "
-                "lengthen model.warmup_epochs, or set trainer.gradient_clip_val to 1.0"
-            )
+    def log_training(self, loss: Tensor, batch: Any) -> None:
+        """Log train/loss and train/lr, and keep what a step that goes wrong is told by."""
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/lr", max_lr(self.trainer.optimizers))
+        self.losses.append(loss.detach())
+        self.names += getattr(batch, "names", [])
+        self.batch = batch
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before an update with gradients that are not finite, stop, or leave it out, as `on_nonfinite` says.
+
+        Raises:
+            FloatingPointError: If the run is to stop; a file in its folder then holds the batch and the weights.
+        """
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        # After DDP's reduction the norm is the same everywhere, so that all processes agree. Half precision's scaler skips by itself.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if not scaled and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            if self.hparams["on_nonfinite"] == "stop":
+                self._stop()
+            optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradients, momentum and decay too
+            self.skipped += 1
+            rank_zero_warn(f"{self._what_happened()}: update left out, the {self.skipped}. of this run")
+        self.losses, self.names, self.batch = [], [], None
+
+    def _what_happened(self) -> str:
+        losses = ", ".join(f"{loss.item():g}" for loss in self.losses)
+        return f"train/loss is {losses} and gradients are not finite at epoch {self.current_epoch}, update {self.global_step}"
+
+    def _stop(self) -> None:
+        folder = Path(self.trainer.default_root_dir if self.trainer.logger is None else self.trainer.logger.save_dir or ".")
+        file = folder / f"nonfinite_step{self.global_step}_rank{self.global_rank}.pt"
+        batch = tuple(self.batch) if isinstance(self.batch, tuple | list) else self.batch
+        dump = dict(batch=batch, names=self.names, losses=self.losses, seed=run_seed(), step=self.global_step, weights=self.state_dict())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dump, file)
+        shown = f"; its images: {', '.join(self.names[:8])}{' ...' if len(self.names) > 8 else ''}" if self.names else ""
+        raise FloatingPointError(
+            f"{self._what_happened()}{shown}. Batch and weights are in {file}. Lower model.lr (now {self.hparams['lr']}), lengthen "
+            "model.warmup_epochs, set trainer.gradient_clip_val to 1.0, or leave such updates out with model.on_nonfinite=skip"
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number of updates left out."""
+        checkpoint["skipped"] = self.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.skipped = checkpoint.get("skipped", 0)
 
 
 def max_lr(optimizers: Iterable[torch.optim.Optimizer]) -> float:

@@ -1,6 +1,7 @@
 """Image classification: one label per image."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.data import Mixup
@@ -33,10 +34,16 @@ class ClassificationTask(BaseTask):
         crop_pct: Share of the resized image that the centre crop keeps.
         interpolation: Name of the filter that resizes images.
         model_args: Further arguments of the model's constructor.
+        freeze_backbone: Train the classifier alone, on features as in evaluation: linear probing.
+        grad_checkpointing: Compute blocks again in the backward pass rather than keep what they need: less memory, more time.
+        channels_last: Keep the model's convolutions in channels-last memory, which pays for convolutional models on most devices.
+        compile: Run the model through torch.compile.
         pretrained: True takes the weights that timm knows for the model, a path those of that file.
         drop_path_rate: Stochastic depth, 0 to 1; left out, the model's own.
         optimizer: Name of a timm optimizer.
         lr: Learning rate after the warm-up.
+        lr_batch_size: Images of an update that `lr` is for, over all processes and accumulated batches: with others the rate scales in
+            proportion. Left out, it does not.
         weight_decay: Weight decay; vectors and what the model names in `no_weight_decay` go without.
         layer_decay: Factor of the learning rate from each layer to the one before it.
         warmup_epochs: Epochs of linear warm-up; may be a fraction.
@@ -46,6 +53,7 @@ class ClassificationTask(BaseTask):
         mixup: Alpha of Mixup; 0 leaves it out.
         cutmix: Alpha of CutMix; 0 leaves it out.
         mix_prob: Share of the batches that are mixed, 0 to 1.
+        on_nonfinite: What to do about an update whose gradients are not finite: "stop" the run, or "skip" the update and count it.
 
     Raises:
         ValueError: If an argument is out of its range, or timm knows no such model or optimizer.
@@ -62,9 +70,14 @@ class ClassificationTask(BaseTask):
         interpolation: str = "bicubic",
         model_args: dict[str, Any] | None = None,
         pretrained: bool | str = False,
+        freeze_backbone: bool = False,
+        grad_checkpointing: bool = False,
+        channels_last: bool = False,
+        compile: bool = False,
         drop_path_rate: float | None = None,
         optimizer: str = "adamw",
         lr: float = 1e-3,
+        lr_batch_size: int | None = None,
         weight_decay: float = 0.05,
         layer_decay: float | None = None,
         warmup_epochs: float = 0,
@@ -74,6 +87,7 @@ class ClassificationTask(BaseTask):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mix_prob: float = 1.0,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="pretrained")  # the weights are in the checkpoint: loading it must not ask for their source again
@@ -88,6 +102,15 @@ class ClassificationTask(BaseTask):
             raise ValueError(f"class_names={class_names} must name at least two classes")
         num_classes = len(class_names)
         self.model = create_model(model, num_classes, pretrained, drop_path_rate=drop_path_rate, **(model_args or {}))
+        if freeze_backbone:
+            self.model.requires_grad_(False)
+            self.model.get_classifier().requires_grad_(True)
+        if grad_checkpointing:
+            self.model.set_grad_checkpointing(True)
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if compile:
+            self.model.compile()
         self.mixer = Mixup(mixup, cutmix, prob=mix_prob, label_smoothing=0, num_classes=num_classes) if mixup or cutmix else None
         metrics: dict[str, Metric | MetricCollection] = {
             "acc": MulticlassAccuracy(num_classes, average="micro"),
@@ -104,11 +127,16 @@ class ClassificationTask(BaseTask):
         """Images (B, 3, H, W) to logits (B, classes)."""
         return self.model(images)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch of images (B, 3, H, W) and targets (B,), mixed if so asked."""
-        images, targets = self.mix(*batch) if self.mixer else batch
+    def on_train_epoch_start(self) -> None:
+        """Leave a frozen backbone as it is in evaluation: its norms and its stochastic depth too."""
+        if self.hparams["freeze_backbone"]:
+            self.model.eval()
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch, which begins with images (B, 3, H, W) and targets (B,), mixed if so asked."""
+        images, targets = self.mix(*batch[:2]) if self.mixer else batch[:2]
         loss = F.cross_entropy(self(images), targets, label_smoothing=self.hparams["label_smoothing"])
-        self.log_training(loss, batch_idx)
+        self.log_training(loss, batch)
         return loss
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,11 +149,11 @@ class ClassificationTask(BaseTask):
             images, soft = torch.cat([mixed, images[even:]]), torch.cat([soft_even.to(soft), soft[even:]])
         return images, soft
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Count a batch into the val metrics."""
         self._evaluate(batch, "val", self.val_metrics)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Count a batch into the test metrics."""
         self._evaluate(batch, "test", self.test_metrics)
 
@@ -137,10 +165,13 @@ class ClassificationTask(BaseTask):
         """Log the test metrics and set `class_scores`."""
         self._conclude(self.test_metrics)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, metrics: MetricCollection) -> None:
-        images, targets = batch
-        logits = self(images)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=len(targets), prog_bar=True, sync_dist=True)
+    def _evaluate(self, batch: Sequence[Any], stage: str, metrics: MetricCollection) -> None:
+        logits, targets = self(batch[0]), batch[1]
+        counted = targets >= 0  # the others stand in for what could not be read, or fill up the last batch
+        if not counted.all():
+            logits, targets = logits[counted], targets[counted]
+        loss = F.cross_entropy(logits, targets) if len(targets) else logits.sum()
+        self.log(f"{stage}/loss", loss, batch_size=len(targets), prog_bar=True, sync_dist=True)
         metrics.update(logits, targets)
         self.counts.update(logits, targets)
 

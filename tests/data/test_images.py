@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
 
-from debiformer.data.images import ImageFolders, UnreadableImage, eval_transform, find_images, read_image
+from debiformer.data.images import UnreadableImage, eval_transform, find_images, read_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -163,92 +163,3 @@ def test_eval_transform_crops_the_centre_and_normalises():
 def test_eval_transform_names_the_bad_argument(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         eval_transform(**{"input_size": 32, **wrong})
-
-
-def make_folders(root, counts, splits=("train", "val", "test")):
-    """Class folders of flat colours: the channel that is bright tells the class."""
-    for split in splits:
-        for target, (name, count) in enumerate(counts.items()):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                colour = [0, 0, 0]
-                colour[target] = 255
-                Image.new("RGB", (40, 30), tuple(colour)).save(root / split / name / f"{index}.png")
-    return root
-
-
-def test_image_folders(tmp_path):
-    data = ImageFolders(make_folders(tmp_path, {"ant": 5, "bee": 3}), input_size=(32, 48), batch_size=3, num_workers=0)
-    assert isinstance(data, LightningDataModule)
-    assert (data.class_names, data.num_classes, data.input_size) == (["ant", "bee"], 2, (3, 32, 48))
-    assert (data.crop_pct, data.interpolation) == (0.875, "bicubic")
-    batches = list(data.train_dataloader())
-    assert [len(targets) for _, targets in batches] == [3, 3], "the odd images at the end are dropped"
-    for loader, sizes in ((data.val_dataloader(), [3, 3, 2]), (data.test_dataloader(), [3, 3, 2])):
-        batches = list(loader)
-        assert [len(targets) for _, targets in batches] == sizes
-        assert torch.cat([targets for _, targets in batches]).tolist() == [0] * 5 + [1] * 3
-    images, targets = batches[0]
-    assert images.shape == (3, 3, 32, 48)
-    assert images.dtype == torch.float32
-    assert targets.dtype == torch.int64
-    red = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor(data.mean)) / torch.tensor(data.std)
-    torch.testing.assert_close(images[0], red.view(3, 1, 1).expand(3, 32, 48))
-
-
-def test_augmentations_of_the_recipes(tmp_path):
-    root = make_folders(tmp_path, {"ant": 4})
-    data = ImageFolders(root, 32, 4, 0, scale=(0.5, 1.0), vflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", re_prob=1.0)
-    images, _ = next(iter(data.train_dataloader()))
-    assert images.shape == (4, 3, 32, 32)
-    assert images.isfinite().all()
-    assert (images[0] != images[1]).any()
-
-
-def test_fewer_images_than_a_batch_are_not_dropped(tmp_path):
-    data = ImageFolders(make_folders(tmp_path, {"ant": 2, "bee": 1}), input_size=32, batch_size=8, num_workers=0)
-    assert [len(targets) for _, targets in data.train_dataloader()] == [3]
-
-
-def test_class_folders_only_are_split_evenly(tmp_path):
-    root = make_folders(tmp_path, {"ant": 10, "bee": 5}, splits=("",))
-    first, second = (ImageFolders(root, input_size=32, num_workers=0, val_fraction=0.2) for _ in range(2))
-    assert {split: len(part) for split, part in first.datasets.items()} == {"train": 12, "val": 3}
-    train, val = first.datasets["train"].indices, first.datasets["val"].indices
-    assert sorted(train + val) == list(range(15))
-    assert val == second.datasets["val"].indices
-    assert torch.cat([targets for _, targets in first.val_dataloader()]).tolist() == [0, 0, 1]
-    with pytest.raises(ValueError, match="no folder test"):
-        first.test_dataloader()
-    with pytest.raises(ValueError, match="bee: 5 images cannot be split by val_fraction"):
-        ImageFolders(root, val_fraction=0.1)
-
-
-def test_folders_that_will_not_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"root=.*nowhere: no such folder"):
-        ImageFolders(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="holds no class folders"):
-        ImageFolders(tmp_path)
-    make_folders(tmp_path, {"ant": 1, "bee": 1}, splits=("train",))
-    with pytest.raises(FileNotFoundError, match="holds train but no folder val"):
-        ImageFolders(tmp_path)
-    make_folders(tmp_path, {"ant": 1}, splits=("val",))
-    with pytest.raises(ValueError, match=r"val and .*train must hold the same class folders, but bee is in one only"):
-        ImageFolders(tmp_path)
-    (tmp_path / "val" / "bee").mkdir()
-    with pytest.raises(ValueError, match=r"val: no images of bee; looked for .*\*\.jpg"):
-        ImageFolders(tmp_path)
-
-
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"num_workers": -1}, {"input_size": 0}, {"interpolation": "best"}])
-def test_image_folders_names_the_bad_argument(tmp_path, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        ImageFolders(make_folders(tmp_path, {"ant": 1}), **wrong)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_unreadable_training_image_is_named(tmp_path, num_workers):
-    root = make_folders(tmp_path, {"ant": 2})
-    (root / "train" / "ant" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(UnreadableImage, match=r"train/ant/torn\.jpg"):
-        list(ImageFolders(root, input_size=32, num_workers=num_workers).train_dataloader())
