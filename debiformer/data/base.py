@@ -90,7 +90,7 @@ class ReadImages(Dataset[Sample]):
                 continue
             if self.training:
                 reseed(Use.IMAGE, self.seed, draw.epoch, index)
-            return Sample(torch.from_numpy(self.transform(image)), target, self.images.name(index), damaged)
+            return Sample(self.transform(image), target, self.images.name(index), damaged)
         raise UnreadableImage(f"none of the {len(self)} images can be read; the last: {damaged[-1]}")
 
 

@@ -139,7 +139,8 @@ class _Indexed:
     def __init__(self, dataset: Any, source: str) -> None:
         self.dataset, self.source = dataset, source
         self.reader = getattr(dataset, "reader", None)
-        numbered = self.reader.class_to_idx if self.reader else dataset.class_to_idx
+        holder = self.reader or dataset
+        numbered = holder.class_name_to_idx if hasattr(holder, "class_name_to_idx") else holder.class_to_idx  # timm's tar reader, all others
         self.class_names = sorted(numbered, key=numbered.__getitem__)
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..seeding import Use, reseed, run_seed, seed_from
-from .base import ImageData, Sample, blank, collate
+from .base import ImageData, Sample, blank
 from .images import SUFFIXES, UnreadableImage, decode_image
 
 Raw = dict[str, Any]  # of one image: its files by suffix, and __key__ and __url__
@@ -81,7 +81,7 @@ class TarShards(ImageData):
         return self._loader(EvaluationStream(self, *self.process()))
 
     def _loader(self, stream: "Stream") -> DataLoader:
-        return DataLoader(stream, self.batch_size, collate_fn=collate, **self.loader_options())
+        return DataLoader(stream, self.batch_size, **self.loader_options())
 
 
 class Stream(IterableDataset[Sample]):
@@ -144,7 +144,7 @@ class TrainingStream(Stream):
         damaged: list[str] = []
         mine = [self.urls[index] for index in order[slot :: self.world_size * self.workers]]
         waiting: list[int] = []  # places whose image is still to be found
-        for place, raw in enumerate(self._shuffled(self._forever(mine, damaged), (epoch, slot), begin), begin):
+        for place, raw in enumerate(self._shuffled(mine, (epoch, slot), begin, damaged), begin):
             waiting.append(place)
             try:
                 image, target = self.decode(raw)
@@ -155,27 +155,23 @@ class TrainingStream(Stream):
                 if late == end:
                     return
                 reseed(Use.IMAGE, self.seed, epoch, slot, late)
-                yield Sample(torch.from_numpy(self.transform(image)), target, name_of(raw), damaged.copy())
+                yield Sample(self.transform(image), target, name_of(raw), damaged.copy())
                 damaged.clear()  # which the reader goes on to fill
             waiting = []
 
-    def _forever(self, urls: list[str], damaged: list[str]) -> Iterator[Raw]:
+    def _shuffled(self, urls: list[str], key: tuple[int, int], begin: int, damaged: list[str]) -> Iterator[Raw]:
+        """The images of shards from place `begin` on, without end: read again and again, in blocks that are shuffled one by one."""
+        place = 0
         while True:
-            empty = True
-            for raw in self.read(urls, damaged):
-                empty = False
-                yield raw
-            if empty:
-                raise UnreadableImage(f"no image can be read from {', '.join(urls[:3])}: {'; '.join(damaged[:3])}")
-
-    def _shuffled(self, raws: Iterator[Raw], key: tuple[int, int], begin: int) -> Iterator[Raw]:
-        """From place `begin` on: blocks shuffled one by one, so that a place can be reached without decoding what lies before it."""
-        passed = begin // self.block
-        next(islice(raws, passed * self.block, passed * self.block), None)
-        for number in count(passed):
-            block = list(islice(raws, self.block))
-            order = torch.randperm(len(block), generator=torch.Generator().manual_seed(seed_from(Use.ORDER, self.seed, *key, number)))
-            yield from (block[index] for index in order.tolist()[max(begin - number * self.block, 0) :])
+            raws = self.read(urls, damaged)
+            start_of_pass = place
+            while block := list(islice(raws, self.block)):
+                if place + len(block) > begin:
+                    order = torch.randperm(len(block), generator=torch.Generator().manual_seed(seed_from(Use.ORDER, self.seed, *key, place)))
+                    yield from (block[index] for index in order.tolist()[max(begin - place, 0) :])
+                place += len(block)
+            if place == start_of_pass:
+                raise UnreadableImage(f"no image can be read from {', '.join(urls[:3])}{describe(damaged)}")
 
 
 class EvaluationStream(Stream):
@@ -203,7 +199,7 @@ class EvaluationStream(Stream):
             given += 1
             try:
                 image, target = self.decode(raw)
-                yield Sample(torch.from_numpy(self.transform(image)), target, name_of(raw), damaged.copy())
+                yield Sample(self.transform(image), target, name_of(raw), damaged.copy())
             except UnreadableImage as error:
                 yield blank(self.size, name_of(raw), [*damaged, str(error)])
             damaged.clear()

@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from PIL import Image
 
 from debiformer.data.folders import ImageFolders
@@ -49,6 +49,8 @@ def test_augmentations_of_the_recipes(tmp_path):
     root = make_folders(tmp_path, {"ant": 4})
     data = ImageFolders(root, input_size=32, batch_size=4, num_workers=0, scale=(0.5, 1.0), vflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", re_prob=1.0)
     batch = next(iter(data.train_dataloader()))
+    data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    data.trainer.training = True
     images = on_the_way_to_the_model(data, batch).images
     assert images.shape == (4, 3, 32, 32)
     assert images.isfinite().all()

@@ -15,7 +15,7 @@ from debiformer.data.hub import HuggingFaceImages, TimmImages
 from debiformer.data.imagenet import ImageNet
 from debiformer.data.shards import TarShards
 
-OPTIONS = dict(input_size=32, batch_size=2, num_workers=0)
+OPTIONS = dict(input_size=32, batch_size=2, num_workers=0, color_jitter=0.0)
 
 
 def picture(number):
@@ -159,7 +159,7 @@ class TestShards:
         images = self.SHARDS * self.EACH
         shards = {split: f"{where}/{split}-{{0..{self.SHARDS - 1}}}.tar" for split in ("train", "val")}
         given = dict(train_images=images, val_images=images, class_names=["even", "odd"], block=4, scale=(1.0, 1.0), ratio=(1.0, 1.0))
-        return TarShards(**shards, **OPTIONS | given | options)
+        return TarShards(**OPTIONS | shards | given | options)
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_an_epoch(self, folder, num_workers):
@@ -211,7 +211,7 @@ class TestShards:
         files = {f"{n:04}.{suffix}": content for n in range(6) for suffix, content in (("png", png(n)), ("cls", b"0"))}
         write_tar(folder / "train-0.tar", files | {"0002.png": b"not a picture"})
         torn = folder / "train-1.tar"
-        torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+        torn.write_bytes(torn.read_bytes()[:3000])
         batches = list(self.open(folder).train_dataloader())
         assert len(batches) == 12, "the epoch keeps its length"
         messages = " ".join(message for batch in batches for message in batch.damaged)
