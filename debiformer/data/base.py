@@ -52,6 +52,11 @@ class ImageBatch(NamedTuple):
     damaged: list[str]
 
 
+def limited(batches: int, limit: int | float) -> int:
+    """The batches of an epoch that a trainer with this limit_train_batches uses: so many of them, or this share."""
+    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+
+
 def blank(size: tuple[int, int], name: str = "", damaged: Sequence[str] = ()) -> Sample:
     """Stands in for an image in evaluation, and is not counted."""
     return Sample(torch.zeros(3, *size, dtype=torch.uint8), IGNORED, name, list(damaged))
@@ -92,6 +97,17 @@ class ReadImages(Dataset[Sample]):
                 reseed(Use.IMAGE, self.seed, draw.epoch, index)
             return Sample(self.transform(image), target, self.images.name(index), damaged)
         raise UnreadableImage(f"none of the {len(self)} images can be read; the last: {damaged[-1]}")
+
+
+class ResumableLoader(DataLoader):
+    """A loader that was made to begin where the run goes on: it has no state of its own, and Lightning is told so."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up nothing."""
 
 
 class ImageData(LightningDataModule):
@@ -180,9 +196,7 @@ class ImageData(LightningDataModule):
 
     def position(self, batches: int) -> tuple[int, int]:
         """The epoch that the run is in, and the batch of it that comes next, where an epoch has so many batches."""
-        limit = self.trainer.limit_train_batches if self.trainer else 1.0
-        per_epoch = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
-        return divmod(self.batches_done(), max(per_epoch, 1))
+        return divmod(self.batches_done(), max(limited(batches, self.trainer.limit_train_batches if self.trainer else 1.0), 1))
 
     def loader_options(self) -> dict[str, Any]:
         """What all loaders have in common."""
@@ -261,4 +275,4 @@ class IndexedImages(ImageData, ABC):
         batch_size = sampler.batch_size if isinstance(sampler, TrainingSampler) else self.batch_size
         transform = self.augment if training else self.evaluate
         read = ReadImages(images, transform, self.input_size[1:], training)
-        return DataLoader(read, batch_size, sampler=sampler, **self.loader_options())  # type: ignore[arg-type]  # typed for indices
+        return ResumableLoader(read, batch_size, sampler=sampler, **self.loader_options())  # type: ignore[arg-type]  # typed for indices

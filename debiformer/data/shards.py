@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..seeding import Use, reseed, run_seed, seed_from
-from .base import ImageData, Sample, blank
+from .base import ImageData, ResumableLoader, Sample, blank
 from .images import SUFFIXES, UnreadableImage, decode_image
 
 Raw = dict[str, Any]  # of one image: its files by suffix, and __key__ and __url__
@@ -81,7 +81,7 @@ class TarShards(ImageData):
         return self._loader(EvaluationStream(self, *self.process()))
 
     def _loader(self, stream: "Stream") -> DataLoader:
-        return DataLoader(stream, self.batch_size, **self.loader_options())
+        return ResumableLoader(stream, self.batch_size, **self.loader_options())
 
 
 class Stream(IterableDataset[Sample]):

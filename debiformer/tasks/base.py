@@ -8,12 +8,13 @@ from typing import Any
 
 import timm
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
+from ..data.base import limited
 from ..models.checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..models.pyramid import Pyramid
 from ..nearest import did_you_mean
@@ -112,10 +113,7 @@ class BaseTask(LightningModule):
             weight_decay=hparams["weight_decay"],
             layer_decay=hparams["layer_decay"],
         )
-        updates = trainer.estimated_stepping_batches
-        if math.isinf(updates):
-            raise ValueError("a cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        updates_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        updates_per_epoch, updates = run_length(trainer)
         warmup = round(hparams["warmup_epochs"] * updates_per_epoch)
         if warmup >= updates:
             raise ValueError(
@@ -124,7 +122,7 @@ class BaseTask(LightningModule):
             )
         schedule = CosineLRScheduler(
             optimizer,
-            t_initial=int(updates),
+            t_initial=updates,
             lr_min=hparams["min_lr"],
             warmup_t=warmup,
             warmup_lr_init=hparams["warmup_lr"],
@@ -199,6 +197,24 @@ class BaseTask(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up again."""
         self.skipped = checkpoint.get("skipped", 0)
+
+
+def run_length(trainer: Trainer) -> tuple[int, int]:
+    """Updates of an epoch, and of the whole run.
+
+    The trainer's own estimate starts the loading processes, and would do so before it has restored where the run goes on.
+
+    Raises:
+        ValueError: If the run has no end.
+    """
+    batches = limited(len(trainer.fit_loop._data_source.dataloader()), trainer.limit_train_batches)
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    ends = [trainer.max_steps] if trainer.max_steps != -1 else []
+    if trainer.max_epochs is not None and trainer.max_epochs != -1:
+        ends.append(trainer.max_epochs * per_epoch)
+    if not ends:
+        raise ValueError("a cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+    return per_epoch, min(ends)
 
 
 def max_lr(optimizers: Iterable[torch.optim.Optimizer]) -> float:
