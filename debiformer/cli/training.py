@@ -3,7 +3,6 @@
 import argparse
 import sys
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ MAY_CHANGE = {  # between two starts of a run: where and how it runs, not what i
 
 def known_recipes() -> dict[str, Path]:
     """The bundled recipes by name."""
-    folder = Path(str(files("debiformer.recipes")))
+    folder = Path(__file__).parents[1] / "recipes"
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
@@ -116,10 +115,6 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
-
-
-def _paired(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (then.get(name), now.get(name)) for name in then | now}
 
 
 def config_of_run(checkpoint: Path) -> Path:
@@ -208,12 +203,11 @@ class TrainingCLI(LightningCLI):
                     f"the run's folder {self.folder} cannot be written ({error.strerror}): choose another with --trainer.default_root_dir"
                 ) from error
             return
-        now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
-        then = yaml.safe_load(begun.read_text())
-        changed = sorted(name for name, (was, is_) in _paired(_flat(then), _flat(now)).items() if was != is_ and name not in MAY_CHANGE)
+        now = _flat(yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)))
+        then = _flat(yaml.safe_load(begun.read_text()))
+        changed = [name for name in sorted(then | now) if then.get(name) != now.get(name) and name not in MAY_CHANGE]
         if changed:
-            pairs = _paired(_flat(then), _flat(now))
-            told = ", ".join(f"{name} was {pairs[name][0]} and is {pairs[name][1]}" for name in changed)
+            told = ", ".join(f"{name} was {then.get(name)} and is {now.get(name)}" for name in changed)
             raise ValueError(
                 f"{self.folder} holds a run with other settings: {told}. Go on with those it began with, or begin another run with --name; "
                 f"to change them for the rest of this one, edit {begun}"
