@@ -80,7 +80,7 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> None:
         plain = {"auto_augment": "null", "re_prob": 0, "color_jitter": 0}
         settings |= {f"data.{option}": value for option, value in plain.items()}
         settings |= {"model.mixup": 0, "model.cutmix": 0, "model.drop_path_rate": 0, "model.warmup_epochs": 0.1}
-        settings |= {"trainer.val_check_interval": 0.5}
+        settings |= {"trainer.val_check_interval": 0.25}
     run("fit", [f"--{option}={value}" for option, value in settings.items()])
 
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--test", help="the same, of the test images")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")
