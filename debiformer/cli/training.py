@@ -194,13 +194,14 @@ class TrainingCLI(LightningCLI):
         if not begun.is_file():
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise FileExistsError(f"{self.folder} is no run of debiformer fit, it has no {begun.name}: name another folder with --name")
+            existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.folder):
+                with tempfile.TemporaryFile(dir=existing):
                     pass
             except OSError as error:
+                reason = f"{existing} cannot be written: {error.strerror}"
                 raise PermissionError(
-                    f"the run's folder {self.folder} cannot be written ({error.strerror}): choose another with --trainer.default_root_dir"
+                    f"no place for the run {self.folder}, {reason}; choose one with --trainer.default_root_dir"
                 ) from error
             return
         now = _flat(yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)))

@@ -84,6 +84,7 @@ class BaseTask(LightningModule):
         self.losses: list[Tensor] = []  # since the last update
         self.names: list[str] = []
         self.batch: Any = None
+        self.buffers_before: list[Tensor] = []
 
     def check_hyperparameters(self) -> None:
         """Raise a ValueError that names the first optimizer or schedule argument that cannot work."""
@@ -145,7 +146,9 @@ class BaseTask(LightningModule):
         scheduler.step_update(self.global_step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make what is random about the step a function of seed, process and step."""
+        """Make what is random about the step a function of seed, process and step; keep what a step that is left out must not change."""
+        if self.hparams["on_nonfinite"] == "skip" and not self.losses:
+            self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
         reseed(Use.STEP, run_seed(), self.global_rank, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
     def log_training(self, loss: Tensor, batch: Any) -> None:
@@ -169,6 +172,8 @@ class BaseTask(LightningModule):
             if self.hparams["on_nonfinite"] == "stop":
                 self._stop()
             optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradients, momentum and decay too
+            for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+                buffer.copy_(before)  # running statistics of batch norms
             self.skipped += 1
             rank_zero_warn(f"{self._what_happened()}: update left out, the {self.skipped}. of this run")
         self.losses, self.names, self.batch = [], [], None

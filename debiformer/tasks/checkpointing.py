@@ -35,7 +35,9 @@ class WholeCheckpoints(TorchCheckpointIO):
             unfinished.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or error
             kept = "the one before it is whole" if target.exists() else "there is none before it"
-            raise OSError(f"checkpoint {target} cannot be written: {reason}; {kept}. Make room or mend the folder, and run again") from error
+            raise OSError(
+                f"checkpoint {target} cannot be written: {reason}; {kept}. Make room or mend the folder, and run again"
+            ) from error
 
     def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint whose checksums are right."""

@@ -92,7 +92,9 @@ class TestHuggingFace:
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ant", "bee"]))
 
         def part(count):
-            return datasets.Dataset.from_dict({"image": [picture(i) for i in range(count)], "label": [i % 2 for i in range(count)]}, features)
+            return datasets.Dataset.from_dict(
+                {"image": [picture(i) for i in range(count)], "label": [i % 2 for i in range(count)]}, features
+            )
 
         datasets.DatasetDict(train=part(4), validation=part(3)).save_to_disk(tmp_path / "saved")
         return str(tmp_path / "saved")
