@@ -121,7 +121,7 @@ class TestFit:
     def test_a_run_goes_on_with_the_settings_it_began_with_or_not_at_all(self, inside, capsys):
         changed = ["--model.lr", "0.5", "--data.batch_size", "4", "--data.num_workers", "1"]  # the last is of no consequence
         assert main(["fit", "--config", "small.yaml", "--data.root", "data", *changed]) == 2
-        told = "runs/small holds a run with other settings: data.init_args.batch_size was 5 and is 4, model.lr was 0.002 and is 0.5. Go on with"
+        told = "runs/small holds a run with other settings: data.init_args.batch_size was 5 and is 4, model.lr was 0.002 and is 0.5. Go on"
         assert told in capsys.readouterr().err
 
     def test_a_killed_run_goes_on_with_the_same_command(self, inside):

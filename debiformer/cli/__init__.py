@@ -70,7 +70,9 @@ def written_by_us(error: BaseException | None) -> BaseException | None:
     """The error itself, or what caused it, if this package raised it for the user to read: a traceback would bury it."""
     while error is not None:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError | OSError | FloatingPointError) and raised_in.is_relative_to(Path(__file__).parents[1]):
+        if isinstance(error, ValueError | OSError | RuntimeError | ImportError | FloatingPointError) and raised_in.is_relative_to(
+            Path(__file__).parents[1]
+        ):
             return error
         error = error.__cause__
     return None

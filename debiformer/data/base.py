@@ -13,6 +13,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..progress import batches_done, limited
 from ..seeding import Use, reseed, run_seed
 from .images import UnreadableImage, check_preprocessing
 from .sampling import PADDING, Draw, EvaluationSampler, TrainingSampler
@@ -52,11 +53,6 @@ class ImageBatch(NamedTuple):
     damaged: list[str]
 
 
-def limited(batches: int, limit: int | float) -> int:
-    """The batches of an epoch that a trainer with this limit_train_batches uses: so many of them, or this share."""
-    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
-
-
 def blank(size: tuple[int, int], name: str = "", damaged: Sequence[str] = ()) -> Sample:
     """Stands in for an image in evaluation, and is not counted."""
     return Sample(torch.zeros(3, *size, dtype=torch.uint8), IGNORED, name, list(damaged))
@@ -83,9 +79,9 @@ class ReadImages(Dataset[Sample]):
 
     def __getitem__(self, draw: Draw) -> Sample:
         damaged: list[str] = []
-        if draw.index == PADDING:
+        if draw.image == PADDING:
             return blank(self.size)
-        for index in (step % len(self) for step in range(draw.index, draw.index + len(self))):
+        for index in (step % len(self) for step in range(draw.image, draw.image + len(self))):
             try:
                 image, target = self.images.read(index)
             except UnreadableImage as error:
@@ -192,7 +188,7 @@ class ImageData(LightningDataModule):
 
     def batches_done(self) -> int:
         """Batches that the run has trained on, in all epochs and before any restart."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+        return batches_done(self.trainer) if self.trainer else 0
 
     def position(self, batches: int) -> tuple[int, int]:
         """The epoch that the run is in, and the batch of it that comes next, where an epoch has so many batches."""

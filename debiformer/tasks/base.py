@@ -14,10 +14,10 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
-from ..data.base import limited
 from ..models.checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..models.pyramid import Pyramid
 from ..nearest import did_you_mean
+from ..progress import batches_done, limited
 from ..seeding import Use, reseed, run_seed
 
 
@@ -72,8 +72,8 @@ def load_weights(model: nn.Module, path: str) -> None:
 class BaseTask(LightningModule):
     """A model with an optimizer, a schedule and a loss that must stay finite.
 
-    A subclass calls `save_hyperparameters` with optimizer, lr, lr_batch_size, weight_decay, layer_decay, warmup_epochs, warmup_lr, min_lr and on_nonfinite among
-    the arguments, then `check_hyperparameters`, and sets `model`.
+    A subclass calls `save_hyperparameters` with optimizer, lr, lr_batch_size, weight_decay, layer_decay, warmup_epochs, warmup_lr, min_lr
+    and on_nonfinite among the arguments, then `check_hyperparameters`, and sets `model`.
     """
 
     model: nn.Module
@@ -136,7 +136,7 @@ class BaseTask(LightningModule):
         lr, per = self.hparams["lr"], self.hparams["lr_batch_size"]
         if per is None:
             return lr
-        batch_size = getattr(self.trainer.datamodule, "batch_size", None)
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if batch_size is None:
             raise ValueError(f"lr_batch_size={per} needs a data module that has a batch_size to scale lr={lr} by")
         return lr * batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches / per
@@ -149,7 +149,7 @@ class BaseTask(LightningModule):
         """Make what is random about the step a function of seed, process and step; keep what a step that is left out must not change."""
         if self.hparams["on_nonfinite"] == "skip" and not self.losses:
             self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
-        reseed(Use.STEP, run_seed(), self.global_rank, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        reseed(Use.STEP, run_seed(), self.global_rank, batches_done(self.trainer))
 
     def log_training(self, loss: Tensor, batch: Any) -> None:
         """Log train/loss and train/lr, and keep what a step that goes wrong is told by."""

@@ -39,7 +39,7 @@ class WholeCheckpoints(TorchCheckpointIO):
                 f"checkpoint {target} cannot be written: {reason}; {kept}. Make room or mend the folder, and run again"
             ) from error
 
-    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint whose checksums are right."""
         verify(Path(path))
         return super().load_checkpoint(path, map_location, weights_only)

@@ -1,7 +1,7 @@
 """Image classification: one label per image."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from timm.data import Mixup
@@ -104,9 +104,9 @@ class ClassificationTask(BaseTask):
         self.model = create_model(model, num_classes, pretrained, drop_path_rate=drop_path_rate, **(model_args or {}))
         if freeze_backbone:
             self.model.requires_grad_(False)
-            self.model.get_classifier().requires_grad_(True)
+            cast(Any, self.model).get_classifier().requires_grad_(True)
         if grad_checkpointing:
-            self.model.set_grad_checkpointing(True)
+            cast(Any, self.model).set_grad_checkpointing(True)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         if compile:

@@ -6,7 +6,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
 from PIL import Image
 
 from debiformer.data.images import UnreadableImage, eval_transform, find_images, read_image
