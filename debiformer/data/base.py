@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..progress import batches_done, limited
 from ..seeding import Use, reseed, run_seed
-from .images import UnreadableImage, check_preprocessing
+from .images import UnreadableImage, check_preprocessing, train_transform
 from .sampling import PADDING, Draw, EvaluationSampler, TrainingSampler
 
 IGNORED = -1  # the target of what stands in for an image: no loss and no metric counts it
@@ -90,7 +90,7 @@ class ReadImages(Dataset[Sample]):
                     return blank(self.size, self.images.name(index), damaged)
                 continue
             if self.training:
-                reseed(Use.IMAGE, self.seed, draw.epoch, index)
+                reseed(Use.IMAGE, self.seed, draw.epoch, index, devices=False)
             return Sample(self.transform(image), target, self.images.name(index), damaged)
         raise UnreadableImage(f"none of the {len(self)} images can be read; the last: {damaged[-1]}")
 
@@ -162,9 +162,8 @@ class ImageData(LightningDataModule):
         self.re_prob = re_prob
         size = self.input_size[1:]
         self.evaluate = create_transform(size, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True)
-        self.augment = create_transform(
+        self.augment = train_transform(
             size,
-            is_training=True,
             scale=scale,
             ratio=ratio,
             hflip=hflip,

@@ -154,7 +154,7 @@ class TrainingStream(Stream):
             for late in waiting:
                 if late == end:
                     return
-                reseed(Use.IMAGE, self.seed, epoch, slot, late)
+                reseed(Use.IMAGE, self.seed, epoch, slot, late, devices=False)
                 yield Sample(self.transform(image), target, name_of(raw), damaged.copy())
                 damaged.clear()  # which the reader goes on to fill
             waiting = []
