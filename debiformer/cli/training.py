@@ -237,6 +237,7 @@ class TrainingCLI(LightningCLI):
             config.callbacks.append(ProgressBar(leave=True))
         if self.subcommand != "fit":
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+        kwargs["default_root_dir"] = self.folder  # where Lightning leaves things of its own, such as what SLURM's requeueing saves
         checkpoints = self.folder / "checkpoints"
         self.best = ModelCheckpoint(checkpoints, "best", monitor="val/acc", mode="max", enable_version_counter=False)
         last = LastCheckpoint(checkpoints, self.config[self.subcommand].checkpoint_minutes)

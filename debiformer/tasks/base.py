@@ -183,8 +183,7 @@ class BaseTask(LightningModule):
         return f"train/loss is {losses} and gradients are not finite at epoch {self.current_epoch}, update {self.global_step}"
 
     def _stop(self) -> None:
-        folder = Path(self.trainer.default_root_dir if self.trainer.logger is None else self.trainer.logger.save_dir or ".")
-        file = folder / f"nonfinite_step{self.global_step}_rank{self.global_rank}.pt"
+        file = Path(self.trainer.default_root_dir) / f"nonfinite_step{self.global_step}_rank{self.global_rank}.pt"
         batch = tuple(self.batch) if isinstance(self.batch, tuple | list) else self.batch
         dump = dict(batch=batch, names=self.names, losses=self.losses, seed=run_seed(), step=self.global_step, weights=self.state_dict())
         file.parent.mkdir(parents=True, exist_ok=True)
