@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from debiformer.cli import COMMANDS, labelling, main
+from debiformer.cli import COMMANDS, labelling, main, share
 from debiformer.models import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,8 @@ def test_commands_parse(line, tmp_path, monkeypatch, capsys):
         assert "class_path" in capsys.readouterr().out
     if name == "predict":
         labelling.parse(arguments)
+    if name == "share":
+        share.parse(arguments)
 
 
 def test_the_table_of_models_is_true():

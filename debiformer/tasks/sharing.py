@@ -187,8 +187,11 @@ def _save_model(task: ClassificationTask, folder: Path, facts: Facts) -> None:
         safe_serialization=True,
     )
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # safetensors keeps it from other users
-    there = timm.create_model(f"{FOLDER}{folder}", pretrained=True).state_dict()
     here = task.model.state_dict()
+    try:
+        there = timm.create_model(f"{FOLDER}{folder}", pretrained=True).state_dict()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"timm does not build {hparams['model']} again from what it saved: {error}") from error
     differing = [name for name in {**here, **there} if name not in here or name not in there or not torch.equal(here[name], there[name])]
     if differing:
         raise ValueError(f"timm builds another {hparams['model']} from what it saved: {', '.join(differing[:5])} differ")
