@@ -44,7 +44,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_commands_parse(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    name, *arguments = line.split()[1:]
+    name, *arguments = shlex.split(line)[1:]
     assert name in COMMANDS
     if name == "fit":  # everything but the checkpoint to resume from, which is not there
         with pytest.raises(SystemExit, match=r"^0$"):
