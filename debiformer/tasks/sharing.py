@@ -121,7 +121,7 @@ def known_metrics(checkpoint: Path, run: Mapping[str, Any], data: Mapping[str, A
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not from debiformer validate or test ({type(error).__name__} {error}): remove it") from error
         found |= {metric.name: metric for metric in metrics}
-    return list(found.values()), outdated
+    return sorted(found.values()), outdated
 
 
 def _evaluated(record: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[Metric]:
@@ -134,7 +134,7 @@ def _evaluated(record: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[M
         if scores[score] is not None:
             yield Metric(f"{split}/{name}", float(scores[score]), ", ".join([f"{scores['images']} images", *settings]))
     for key, labels in LATER_LABELS.items():
-        if key in record:
+        if key in record and record[key]["top1"] is not None:
             yield Metric(f"{labels}/acc", float(record[key]["top1"]), f"{record[key]['images']} images")
 
 
