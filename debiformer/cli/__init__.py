@@ -30,6 +30,8 @@ COMMANDS = {
     "validate": Command("evaluate a checkpoint on the validation images", "training:validate", ("train",)),
     "test": Command("evaluate a checkpoint on the test images", "training:test", ("train",)),
     "predict": Command("label images with a checkpoint", "labelling:run", ("train",)),
+    "average": Command("average the weights of checkpoints: CKPT CKPT... --output FILE.ckpt", "average:run", ("train",)),
+    "share": Command("a checkpoint as a folder for timm and the Hugging Face Hub: CKPT FOLDER", "share:run", ("train",)),
     "models": Command("list the presets with their parameters and MACs", "models:run"),
     "bench": Command("compare the speed of timm models side by side: MODEL...", "bench:run"),
     "convert": Command("translate a published checkpoint: IN.pth OUT.safetensors", "convert:run"),

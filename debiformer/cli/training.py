@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -19,7 +19,7 @@ from rich.table import Table
 from ..nearest import did_you_mean
 from ..tasks.checkpointing import LastCheckpoint, WholeCheckpoints
 from ..tasks.classification import ClassificationTask, ClassScore
-from ..tasks.prediction import PREPROCESSING, read_hyperparameters
+from ..tasks.prediction import PREPROCESSING, read_hyperparameters, read_run
 
 USAGE = {
     "fit": "debiformer fit --config RECIPE_OR_FILE [--data.root DIR] [--name RUN] [options: see --help]",
@@ -177,8 +177,11 @@ class TrainingCLI(LightningCLI):
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file() and not config.ckpt_path:
             config.ckpt_path = str(last)
-        if config.ckpt_path:
-            read_hyperparameters(Path(config.ckpt_path))
+        if config.ckpt_path and "averaged" in read_run(Path(config.ckpt_path)):
+            raise ValueError(
+                f"--ckpt_path {config.ckpt_path} is a mean of checkpoints, without an optimizer to go on with: make a folder of it with "
+                "`debiformer share`, and begin a run with --model.model local-dir:FOLDER --model.pretrained true"
+            )
         self.check_run()
 
     @rank_zero_only  # the other processes may start after the first has made the folder
@@ -236,6 +239,7 @@ class TrainingCLI(LightningCLI):
         if config.enable_progress_bar is not False and not any(isinstance(c, RichProgressBar) for c in config.callbacks):
             config.callbacks.append(ProgressBar(leave=True))
         if self.subcommand != "fit":
+            config.callbacks = [c for c in config.callbacks if not isinstance(c, Checkpoint)]  # nothing is saved here
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
         kwargs["default_root_dir"] = self.folder  # where Lightning leaves things of its own, such as what SLURM's requeueing saves
         checkpoints = self.folder / "checkpoints"

@@ -10,6 +10,7 @@ import timm
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
@@ -19,26 +20,33 @@ from ..models.pyramid import Pyramid
 from ..nearest import did_you_mean
 from ..progress import batches_done, limited
 from ..seeding import Use, reseed, run_seed
+from .addresses import is_address, read_config
+from .checkpointing import versions
 
 
 def create_model(name: str, num_classes: int, pretrained: bool | str = False, **model_args: Any) -> nn.Module:
     """Any timm model by name, with published weights if wanted.
 
     Args:
-        name: A name that `timm.list_models` knows, or a `hf-hub:` or `local-dir:` address.
+        name: A name that `timm.list_models` knows, or an address: hf-hub:OWNER/NAME or local-dir:FOLDER.
         num_classes: Width of the classifier.
         pretrained: True takes the weights that timm knows for the model, a path those of that file.
         model_args: Anything else that the model's constructor takes.
 
     Raises:
         ValueError: If timm has no such model, or the weights do not fit it.
-        FileNotFoundError: If there is no weights file at that path.
+        FileNotFoundError: If there is no weights file at that path, or no model in that folder.
+        OSError: If the Hub does not give the model.
     """
-    if ":" not in name and not timm.is_model(name):
+    if is_address(name):
+        read_config(name)
+        if not pretrained:
+            rank_zero_warn(f"model={name!r} gives the architecture alone, with random weights: set pretrained to true for its own")
+    elif not timm.is_model(name):
         raise ValueError(f"model={name!r} is unknown to timm: {did_you_mean(name, timm.list_models())}")
     try:
         model = timm.create_model(name, pretrained=pretrained is True, num_classes=num_classes, **model_args)
-    except (RuntimeError, TypeError) as error:  # weights that are nowhere, arguments that the constructor does not have
+    except (RuntimeError, TypeError, SafetensorError) as error:  # no weights, damaged ones, arguments that the constructor does not have
         raise ValueError(f"model={name!r} with pretrained={pretrained!r} and model_args={model_args}: {error}") from error
     if isinstance(pretrained, str):
         load_weights(model, pretrained)
@@ -195,8 +203,9 @@ class BaseTask(LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the number of updates left out."""
+        """Keep the number of updates left out, and the versions that it was written with."""
         checkpoint["skipped"] = self.skipped
+        checkpoint["versions"] = versions()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up again."""

@@ -1,17 +1,28 @@
 """Checkpoints that are whole or not there, and that a run which was cut off goes on from."""
 
 import os
+import platform
 import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import lightning
+import timm
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+from .. import __version__
+
 TEMPORARY = ".unfinished"  # suffix of a file that is being written
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on, by name."""
+    found = {"debiformer": __version__, "torch": torch.__version__, "timm": timm.__version__, "lightning": lightning.__version__}
+    return {name: str(version) for name, version in found.items()} | {"python": platform.python_version()}
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall, MulticlassStatScores
 
+from .addresses import by_name, is_address
 from .base import BaseTask, create_model
 
 
@@ -26,7 +27,7 @@ class ClassificationTask(BaseTask):
     """Train and evaluate any timm model as a classifier.
 
     Args:
-        model: Name of a timm model.
+        model: Name of a timm model, or the address of one: hf-hub:OWNER/NAME or local-dir:FOLDER.
         class_names: Labels in the order of the targets; from the command line the data gives them.
         input_size: Channels, height and width that the model is trained at; with the next four, what prediction must do to an image.
         mean: Mean of every channel, in [0, 1].
@@ -102,6 +103,8 @@ class ClassificationTask(BaseTask):
             raise ValueError(f"class_names={class_names} must name at least two classes")
         num_classes = len(class_names)
         self.model = create_model(model, num_classes, pretrained, drop_path_rate=drop_path_rate, **(model_args or {}))
+        if is_address(model):  # a checkpoint must not need the folder or the Hub again
+            self.hparams.update(by_name(self.model, model, drop_path_rate))
         if freeze_backbone:
             self.model.requires_grad_(False)
             cast(Any, self.model).get_classifier().requires_grad_(True)
