@@ -128,7 +128,7 @@ def train_transform(input_size: tuple[int, int], **options: Any) -> Callable[[Im
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """Timm's, but that an image of no bits is black, as it was before Pillow 13 made it an error: RandAugment at its strongest asks for it."""
+    """Timm's, but that an image of no bits is black, as before Pillow 13 made it an error: RandAugment at its strongest asks for it."""
     return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep else Image.new(image.mode, image.size)
 
 

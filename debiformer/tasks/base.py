@@ -61,6 +61,8 @@ def load_weights(model: nn.Module, path: str) -> None:
         ValueError: If the file is no checkpoint, lacks weights of the model, or brings others.
     """
     weights = read_checkpoint(path)
+    if all(name.startswith("model.") for name in weights):  # of a run of ours
+        weights = {name.removeprefix("model."): value for name, value in weights.items()}
     from_published_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # where timm's models keep it
     classifier = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a name, or a tuple of them
     prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))

@@ -146,6 +146,14 @@ class TestPretrained:
         model = create_model("test_convnext", 3, pretrained=str(tmp_path / "published.pth"))
         assert torch.equal(model.head.fc.weight, published.head.fc.weight)
 
+    @pytest.mark.parametrize("name", ["test_convnext", "debiformer_nano"])
+    def test_a_checkpoint_of_a_run(self, tmp_path, name):
+        task = ClassificationTask(name, ["a", "b"])
+        torch.save({"state_dict": task.state_dict(), "hyper_parameters": {}}, tmp_path / "best.ckpt")
+        model = create_model(name, 3, pretrained=str(tmp_path / "best.ckpt"))
+        for key, value in task.model.state_dict().items():
+            assert key.startswith("head.fc.") or torch.equal(model.state_dict()[key], value)
+
     def test_published_names_are_understood(self, tmp_path):
         ours = timm.create_model("debiformer_nano", num_classes=7)
         published = {f"backbone.{name}".replace("head.fc", "head"): value for name, value in ours.state_dict().items()}
