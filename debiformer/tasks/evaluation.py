@@ -5,10 +5,9 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
-from ..data.base import ImageData
 from ..data.imagenet_labels import RealLabels
 from .classification import ClassificationTask, ClassScore
 
@@ -106,6 +105,11 @@ class RealAccuracy(Callback):
             self.hits += guess in labels
             self.images += bool(labels)
 
+    @property
+    def top1(self) -> float:
+        """Share of the hits; nan without images."""
+        return self.hits / self.images if self.images else float("nan")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the other processes' images in."""
         self.hits, self.images = (int(n) for n in total(trainer, [self.hits, self.images]))
@@ -116,7 +120,7 @@ def total(trainer: Trainer, values: list[float]) -> list[float]:
     return trainer.strategy.reduce(torch.tensor(values, device=trainer.strategy.root_device), reduce_op="sum").tolist()
 
 
-def evaluate(trainer: Trainer, task: ClassificationTask, data: ImageData, command: str, *callbacks: Callback) -> Evaluation:
+def evaluate(trainer: Trainer, task: ClassificationTask, data: LightningDataModule, command: str, *callbacks: Callback) -> Evaluation:
     """Evaluate a task on the images of a data module.
 
     Args:
