@@ -7,7 +7,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix, MulticlassRecall
 
 from .base import BaseTask, create_model
@@ -120,6 +120,8 @@ class ClassificationTask(BaseTask):
             metrics["acc_top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
         self.val_metrics = MetricCollection(metrics, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
+        # Lightning's own mean over processes rounds down how many images each had. A loss that is no number is to be seen.
+        self.loss = MeanMetric(nan_strategy="disable")
         self.calibration = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
         self.confusion: MulticlassConfusionMatrix | None = None  # classes times classes is too much to send round after every epoch
         self.confusion_matrix: Tensor | None = None
@@ -166,11 +168,11 @@ class ClassificationTask(BaseTask):
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Count a batch into the val metrics; its logits (B, classes), for callbacks."""
-        return self._evaluate(batch, "val", self.val_metrics)
+        return self._evaluate(batch, self.val_metrics)
 
     def test_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Count a batch into the test metrics; its logits (B, classes), for callbacks."""
-        return self._evaluate(batch, "test", self.test_metrics)
+        return self._evaluate(batch, self.test_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log the val metrics and set `confusion_matrix`."""
@@ -180,12 +182,11 @@ class ClassificationTask(BaseTask):
         """Log the test metrics and set `confusion_matrix`."""
         self._conclude("test", self.test_metrics)
 
-    def _evaluate(self, batch: Sequence[Any], stage: str, metrics: MetricCollection) -> Tensor:
+    def _evaluate(self, batch: Sequence[Any], metrics: MetricCollection) -> Tensor:
         logits, targets = self(batch[0]), batch[1]
         counted = targets >= 0  # the others stand in for what could not be read, or fill up the last batch
         given = logits[counted], targets[counted]
-        loss = F.cross_entropy(*given) if len(given[1]) else given[0].sum()
-        self.log(f"{stage}/loss", loss, batch_size=len(given[1]), prog_bar=True, sync_dist=True)
+        self.loss.update(F.cross_entropy(*given, reduction="none"))
         metrics.update(*given)
         self.calibration.update(given[0].float().softmax(-1), given[1])  # it would take logits in [0, 1] for probabilities
         if self.confusion is not None:
@@ -193,10 +194,10 @@ class ClassificationTask(BaseTask):
         return logits
 
     def _conclude(self, stage: str, metrics: MetricCollection) -> None:
-        scores = metrics.compute() | {f"{stage}/ece": self.calibration.compute()}
+        scores = metrics.compute() | {f"{stage}/loss": self.loss.compute(), f"{stage}/ece": self.calibration.compute()}
         self.log_dict(scores, prog_bar=True, sync_dist=True)
-        metrics.reset()
-        self.calibration.reset()
+        for counted in (metrics, self.loss, self.calibration):
+            counted.reset()
         if self.confusion is not None:
             self.confusion_matrix = self.confusion.compute().cpu()  # images by class (rows) and by the label given to them (columns)
             self.confusion.reset()
