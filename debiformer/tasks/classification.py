@@ -185,6 +185,8 @@ class ClassificationTask(BaseTask):
     def _evaluate(self, batch: Sequence[Any], metrics: MetricCollection) -> Tensor:
         logits, targets = self(batch[0]), batch[1]
         counted = targets >= 0  # the others stand in for what could not be read, or fill up the last batch
+        if not counted.any():
+            return logits
         given = logits[counted], targets[counted]
         self.loss.update(F.cross_entropy(*given, reduction="none"))
         metrics.update(*given)
