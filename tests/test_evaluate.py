@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from debiformer.cli import main
 from debiformer.cli.evaluation import print_class_scores
+from debiformer.data.imagenet_labels import RealLabels
 from debiformer.data.images import eval_transform, read_image
 from debiformer.explain import charts
 from debiformer.tasks import evaluation
@@ -250,6 +252,16 @@ class TestImageNet:
         assert record["real"]["top1"] == pytest.approx(timms.get_accuracy(1) / 100)
         assert record["real"]["images"] == len(timms.is_correct[1])
         assert f"{record['real']['top1']:.4f} of {record['real']['images']} images" in capsys.readouterr().out
+
+    def test_the_real_file_has_labels_for_every_image(self):
+        """The copy of real.json that timm brings."""
+        file = files("timm.data") / "_info" / "imagenet_real_labels.json"
+        labels = RealLabels(str(file), num_classes=1000)
+        content = json.loads(file.read_text())
+        for number in (1, 2, 293, 50000):
+            assert labels.of(f"val/ILSVRC2012_val_{number:08}.JPEG") == set(content[number - 1])
+        with pytest.raises(ValueError, match="labels 50000 images, the data have ILSVRC2012_val_00050001"):
+            labels.of("ILSVRC2012_val_00050001.JPEG")
 
     def test_v2_folders_are_indices(self, inside, tmp_path):
         record = validate(tmp_path, "--v2", "v2")

@@ -72,6 +72,12 @@ class Job(NamedTuple):
             "preprocessing": {name: self.task.hparams[name] for name in PREPROCESSING},
         }
 
+    @property
+    def heading(self) -> str:
+        """What was done where, for the screen."""
+        processes = f", {self.trainer.world_size} processes" if self.trainer.world_size > 1 else ""
+        return f"{self.command} on {device_name(self.trainer.strategy.root_device)}{processes}"
+
     def model_at(self, size: Size) -> nn.Module:
         """The task's model for images of a size; raises ValueError if it takes none of it."""
         return model_at(self.task, size, tuple(read_hyperparameters(self.checkpoint)["input_size"][1:]))
@@ -128,7 +134,7 @@ def _evaluate(job: Job, real: str | None, v2: str | None, settings: dict[str, An
     cells = [(row, column, int(found.confusion[row, column])) for row, column in found.confusion.nonzero().tolist()]
     record["classes"] = [score._asdict() for score in found.classes]
     record["confusion"] = [{"class": names[row], "label": names[column], "images": count} for row, column, count in cells]
-    table = Table(title=f"{command} on {record['device']}", title_justify="left", show_header=False)
+    table = Table(title=job.heading, title_justify="left", show_header=False)
     for name, value in rows:
         table.add_row(name, value)
     show(table)
@@ -157,7 +163,7 @@ def _sweep(job: Job, sizes: list[Size], crops: list[float], settings: dict[str, 
     record = job.record(settings)
     del record["preprocessing"]["input_size"], record["preprocessing"]["crop_pct"]
     record["sweep"] = [{"input_size": size, "crop_pct": crop, **scores._asdict()} for (size, crop), scores in found.items()]
-    table = Table("size", "crop", title=f"{command} on {record['device']}", title_justify="left")
+    table = Table("size", "crop", title=job.heading, title_justify="left")
     for column in ("top-1", "ece", "images/s of the model"):
         table.add_column(column, justify="right")
     for (size, crop), scores in found.items():
