@@ -1,7 +1,6 @@
 """Commands fit, validate and test: Lightning's CLI with recipes by name, one folder per run, and nothing overwritten."""
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgres
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from rich.console import Console
-from rich.table import Table
 
 from ..nearest import did_you_mean
 from ..tasks.checkpointing import LastCheckpoint, WholeCheckpoints
-from ..tasks.classification import ClassificationTask, ClassScore
+from ..tasks.classification import ClassificationTask
 from ..tasks.prediction import PREPROCESSING, read_hyperparameters, read_run
+from .evaluation import add_arguments, report
 
 USAGE = {
     "fit": "debiformer fit --config RECIPE_OR_FILE [--data.root DIR] [--name RUN] [options: see --help]",
@@ -146,8 +144,14 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands but predict, which is a command of its own."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+        """Lightning's subcommands but predict, which is a command of its own; evaluation has a report of its own, and no `verbose`."""
+        return {name: skipped | {"verbose"} for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            add_arguments(parser, subcommand)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add --name, and link the data into the model."""
@@ -207,7 +211,7 @@ class TrainingCLI(LightningCLI):
                     f"no place for the run {self.folder}, {reason}; choose one with --trainer.default_root_dir"
                 ) from error
             return
-        now = _flat(yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)))
+        now = _flat(self.settings())
         then = _flat(yaml.safe_load(begun.read_text()))
         changed = [name for name in sorted(then | now) if then.get(name) != now.get(name) and name not in MAY_CHANGE]
         if changed:
@@ -216,6 +220,10 @@ class TrainingCLI(LightningCLI):
                 f"{self.folder} holds a run with other settings: {told}. Go on with those it began with, or begin another run with --name; "
                 f"to change them for the rest of this one, edit {begun}"
             )
+
+    def settings(self) -> dict[str, Any]:
+        """The whole configuration, as YAML has it."""
+        return yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of other classes than the data's, and say where images are prepared otherwise than they were for it."""
@@ -253,15 +261,18 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"] = [tensorboard, CSVLogger(self.folder, name="csv", version=starts, flush_logs_every_n_steps=1)]
         return super().instantiate_trainer(**kwargs)
 
-    def validate(self, ckpt_path: str, **kwargs: Any) -> None:
-        """Validate the weights of a checkpoint."""
-        self.load_weights(ckpt_path)
-        self.trainer.validate(**kwargs)
+    def validate(self, **_: Any) -> None:
+        """Evaluate the weights of a checkpoint on the validation images."""
+        self.evaluate("validate")
 
-    def test(self, ckpt_path: str, **kwargs: Any) -> None:
-        """Test the weights of a checkpoint."""
-        self.load_weights(ckpt_path)
-        self.trainer.test(**kwargs)
+    def test(self, **_: Any) -> None:
+        """Evaluate the weights of a checkpoint on the test images."""
+        self.evaluate("test")
+
+    def evaluate(self, command: str) -> None:
+        """Validate or test, and report."""
+        self.load_weights(self.config[command].ckpt_path)
+        report(self.trainer, self.model, self.datamodule, command, self.config[command], self.settings()["data"])
 
     def load_weights(self, ckpt_path: str) -> None:
         """Take the weights and nothing else: Lightning would restore the callbacks of the training too."""
@@ -279,13 +290,6 @@ class TrainingCLI(LightningCLI):
         print(f"to test     debiformer test --ckpt_path {best}")
         print(f"to predict  debiformer predict --checkpoint {best} IMAGE_OR_FOLDER")
 
-    @rank_zero_only
-    def after_validate(self) -> None:
-        """Print the table of classes."""
-        print_class_scores(self.model.class_scores)
-
-    after_test = after_validate
-
 
 class ProgressBar(RichProgressBar):
     """Lightning's, without the version number of a logger."""
@@ -293,13 +297,3 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict:
         """The logged metrics."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-
-
-def print_class_scores(scores: list[ClassScore]) -> None:
-    """Print recall and precision of every class."""
-    table = Table("class", title="per class", title_justify="left")
-    for column in ("images", "recall", "precision"):
-        table.add_column(column, justify="right")
-    for score in scores:
-        table.add_row(score.name, str(score.images), f"{score.recall:.4f}", f"{score.precision:.4f}")
-    Console(file=sys.stdout).print(table)

@@ -3,7 +3,8 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from copy import copy
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from lightning import LightningDataModule
@@ -175,6 +176,18 @@ class ImageData(LightningDataModule):
             use_prefetcher=True,  # pixels stay bytes: they are normalised where the model is, a quarter of the traffic
         )
         self.damaged: dict[str, None] = {}  # messages, in the order of their coming
+
+    def evaluated_at(self, input_size: int | tuple[int, int], crop_pct: float) -> Self:
+        """The same images for evaluation at another size and crop; files are not looked for again.
+
+        Raises:
+            ValueError: If one of the two is out of range.
+        """
+        other = copy(self)
+        other.input_size = check_preprocessing(input_size, self.mean, self.std, crop_pct, self.interpolation)
+        other.crop_pct = crop_pct
+        other.evaluate = create_transform(other.input_size[1:], crop_pct=crop_pct, interpolation=self.interpolation, use_prefetcher=True)
+        return other
 
     @property
     def num_classes(self) -> int:
