@@ -178,6 +178,8 @@ class TrainingCLI(LightningCLI):
                 config.model[name] = hparams[name]
             config.model.pretrained = False
             return
+        if config.weights_only is None:
+            config.weights_only = True  # a checkpoint of a run holds nothing that needs code to be read
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file() and not config.ckpt_path:
             config.ckpt_path = str(last)
