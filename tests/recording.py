@@ -10,34 +10,45 @@ from lightning import Callback
 
 
 class Recorder(Callback):
-    """Writes `folder/train_RANK.jsonl` and `folder/val_RANK.jsonl`, the names of the images of each batch, and `folder/scores_RANK.json`.
+    """For each process, in `folder`: names of the images of every batch, gradients of every update, metrics and final weights.
 
     Args:
         folder: Where to.
-        kill_at: Update before which the process of rank 1 kills itself, if nothing was restarted yet.
+        kill_at: Update before which the second process kills itself, unless the run was restarted.
     """
 
     def __init__(self, folder: str, kill_at: int = -1) -> None:
         self.folder, self.kill_at = Path(folder), kill_at
 
+    def setup(self, trainer, pl_module, stage):
+        self.folder.mkdir(exist_ok=True)
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if trainer.global_rank == 1 and trainer.global_step == self.kill_at and first_start:
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if (trainer.global_rank, trainer.global_step, restarts) == (1, self.kill_at, 0):
             os.kill(os.getpid(), signal.SIGKILL)
-        self.write(trainer, "train", batch.names)
+        self.write(f"epoch{trainer.current_epoch}", trainer, batch.names)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        self.write(trainer, "val", [name for name, target in zip(batch.names, batch.targets, strict=True) if target >= 0])
+        if not trainer.sanity_checking:
+            counted = [name for name, target in zip(batch.names, batch.targets, strict=True) if target >= 0]
+            self.write(f"val{trainer.current_epoch}", trainer, counted)
 
     def on_validation_end(self, trainer, pl_module):
-        scores = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        (self.folder / f"scores_{trainer.global_rank}.json").write_text(json.dumps(scores))
+        self.write("scores", trainer, {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        gradients = {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in pl_module.named_parameters()}
-        torch.save(gradients, self.folder / f"gradients_{trainer.global_step}_{trainer.global_rank}.pt")
+        gradients = {name: p.grad for name, p in pl_module.named_parameters()}
+        torch.save(gradients, self.folder / f"gradients{trainer.global_step}.{trainer.global_rank}")
 
-    def write(self, trainer, split, names):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{split}_{trainer.global_rank}.jsonl").open("a") as file:
-            print(json.dumps(names), file=file)
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), self.folder / f"weights.{trainer.global_rank}")
+
+    def write(self, name, trainer, what):
+        with (self.folder / f"{name}.{trainer.global_rank}").open("a") as file:
+            print(json.dumps(what), file=file)
+
+
+def read(folder, name, rank=0):
+    """What a process wrote, a list."""
+    return [json.loads(line) for line in (folder / f"{name}.{rank}").read_text().splitlines()]
