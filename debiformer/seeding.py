@@ -27,9 +27,12 @@ def seed_from(use: Use, *key: int) -> int:
     return int(np.random.SeedSequence((use, *key)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def reseed(use: Use, *key: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch from `key` and from nothing else."""
+def reseed(use: Use, *key: int, devices: bool = True) -> None:
+    """Seed the generators of Python, NumPy and PyTorch from `key` and from nothing else; those of accelerators only with `devices`."""
     seed = seed_from(use, *key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if devices:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)  # three times as fast, and fit for loading processes

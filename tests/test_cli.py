@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from debiformer import __version__
 from debiformer.cli import COMMANDS, main
+from debiformer.cli.training import known_recipes
+from debiformer.data.blood_cells import SAMPLE
 
 COLOURS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
 SMALL_RUN = """
@@ -108,14 +112,20 @@ class TestFit:
         assert list(run.glob("events.out.tfevents.*"))
         assert (run / "config.yaml").is_file()
 
-    def test_a_run_is_not_overwritten(self, inside, capsys):
+    def test_a_finished_run_stays_as_it_is(self, inside, capsys):
         before = Path("runs/small/checkpoints/last.ckpt").read_bytes()
-        assert main(["fit", "--config", "small.yaml", "--data.root", "data"]) == 2
-        assert "runs/small holds a run: resume it with --ckpt_path last, or name another with --name" in capsys.readouterr().err
+        assert main(["fit", "--config", "small.yaml", "--data.root", "data"]) == 0
+        assert "runs/small/checkpoints/best.ckpt (val/acc" in capsys.readouterr().out
         assert Path("runs/small/checkpoints/last.ckpt").read_bytes() == before
 
-    def test_a_killed_run_resumes_where_its_last_epoch_ended(self, inside):
-        command = ("fit", "--config", "small.yaml", "--data.root", "data", "--name", "killed", "--trainer.max_epochs", "30")
+    def test_a_run_goes_on_with_the_settings_it_began_with_or_not_at_all(self, inside, capsys):
+        changed = ["--model.lr", "0.5", "--data.batch_size", "4", "--data.num_workers", "1"]  # the last is of no consequence
+        assert main(["fit", "--config", "small.yaml", "--data.root", "data", *changed]) == 2
+        told = "runs/small holds a run with other settings: data.init_args.batch_size was 5 and is 4, model.lr was 0.002 and is 0.5. Go on"
+        assert told in capsys.readouterr().err
+
+    def test_a_killed_run_goes_on_with_the_same_command(self, inside):
+        command = ("fit", "--config", "small.yaml", "--data.root", "data", "--name", "killed", "--trainer.max_epochs", "20")
         last = Path("runs/killed/checkpoints/last.ckpt")
         process = debiformer(*command)
         while not last.exists():
@@ -124,30 +134,52 @@ class TestFit:
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         saved = torch.load(last, weights_only=True)
-        finished = saved["epoch"] + 1
-        assert finished < 30, "the run ended before it could be killed"
-        assert saved["global_step"] == 3 * finished
+        assert saved["epoch"] < 19, "the run ended before it could be killed"
 
-        process = debiformer(*command[:-1], finished + 3, "--ckpt_path", "last")
+        process = debiformer(*command)
         out, _ = process.communicate()
         assert process.returncode == 0, out
         resumed = torch.load(last, weights_only=True)
-        assert (resumed["epoch"], resumed["global_step"]) == (finished + 2, 3 * (finished + 3))
-        epochs = [
-            [int(r["epoch"]) for r in csv.DictReader(p.open()) if r["val/acc"]] for p in sorted(Path("runs/killed/csv").glob("*/*.csv"))
-        ]
-        assert epochs == [list(range(finished)), list(range(finished, finished + 3))]
+        assert (resumed["epoch"], resumed["global_step"]) == (19, 3 * 20)
+        logs = [list(csv.DictReader(path.open())) for path in sorted(Path("runs/killed/csv").glob("*/*.csv"))]
+        validated = [[int(row["epoch"]) for row in rows if row["val/acc"]] for rows in logs]
+        assert len(validated) == 2
+        assert validated[1][0] == saved["epoch"] + 1
+        assert {epoch for epochs in validated for epoch in epochs} == set(range(20))
         assert "debiformer predict --checkpoint runs/killed/checkpoints/best.ckpt" in out
 
-    def test_nothing_to_resume_is_an_error(self, inside, capsys):
-        assert main(["fit", "--config", "small.yaml", "--data.root", "data", "--name", "new", "--ckpt_path", "last"]) == 2
-        assert "runs/new/checkpoints/last.ckpt: no such file" in capsys.readouterr().err
+    def test_a_checkpoint_to_go_on_from_must_exist(self, inside, capsys):
+        assert main(["fit", "--config", "small.yaml", "--data.root", "data", "--name", "new", "--ckpt_path", "absent.ckpt"]) == 2
+        assert "checkpoint absent.ckpt: no such file" in capsys.readouterr().err
+
+    def test_a_damaged_checkpoint_is_named(self, inside, tmp_path, capsys):
+        shutil.copytree("runs/small", tmp_path / "damaged")
+        last = tmp_path / "damaged/checkpoints/last.ckpt"
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        last.write_bytes(content)
+        command = ["fit", "--config", "small.yaml", "--data.root", "data", "--name", "damaged", "--trainer.default_root_dir", str(tmp_path)]
+        (tmp_path / "damaged/config.yaml").write_text(Path("runs/small/config.yaml").read_text().replace("name: small", "name: damaged"))
+        assert main(command) == 2
+        assert f"checkpoint {last} is damaged in archive/data/" in capsys.readouterr().err
+
+    def test_a_folder_of_something_else_is_left_alone(self, inside, capsys):
+        Path("runs/thesis").mkdir()
+        Path("runs/thesis/chapter.tex").touch()
+        assert main(["fit", "--config", "small.yaml", "--data.root", "data", "--name", "thesis"]) == 2
+        assert "runs/thesis is no run of debiformer fit, it has no config.yaml: name another folder with --name" in capsys.readouterr().err
+
+    def test_a_place_that_cannot_be_written_is_named(self, inside, capsys):
+        root = ["--trainer.default_root_dir", "/proc/runs"]  # which refuses root too
+        assert main(["fit", "--config", "small.yaml", "--data.root", "data", *root]) == 2
+        assert "no place for the run /proc/runs/small, /proc cannot be written" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             ([], "needs --config"),
-            (["--config", "image_foldr"], r"no such recipe (blood_cells, image_folder); did you mean image_folder?"),
+            (["--config", "image_foldr"], "did you mean image_folder?"),
+            (["--config", "debiformer_small"], "did you mean imagenet1k/debiformer_small"),
             (["--config", "absent.yaml"], "--config absent.yaml: no such file"),
             (["--config", "small.yaml", "--name", "x", "--data.root", "absent"], "error: root=absent: no such folder\n"),
             (
@@ -164,30 +196,27 @@ class TestFit:
         assert not Path("runs/x").exists()
 
 
-@pytest.mark.parametrize("recipe", ["image_folder", "blood_cells"])
-def test_every_recipe_trains(inside, recipe, monkeypatch):
-    assert {path.stem for path in (Path(main.__code__.co_filename).parents[1] / "recipes").glob("*.yaml")} == {
-        "image_folder",
-        "blood_cells",
-    }
-    small = [
-        "--data.batch_size",
-        "4",
-        "--data.input_size",
-        "64",
-        "--trainer.limit_train_batches",
-        "2",
-        "--trainer.limit_val_batches",
-        "1",
-        "--trainer.num_sanity_val_steps",
-        "0",
-    ]
-    short = ["--trainer.max_epochs", "1", "--model.warmup_epochs", "0", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
-    root = ["--data.root", "data", "--data.num_workers", "0"] if recipe == "image_folder" else []
-    assert main(["fit", "--config", recipe, *root, *small, *short]) == 0
-    last = torch.load(f"runs/{recipe}/checkpoints/last.ckpt", weights_only=True)
+@pytest.mark.parametrize("recipe", known_recipes())
+def test_every_recipe_trains(recipe, tmp_path, monkeypatch):
+    """Two updates on photographs of blood cells, with nothing changed but sizes, files and the length of the run."""
+    monkeypatch.chdir(tmp_path)
+    where = {"cifar10": ["--data.train_root", SAMPLE / "train", "--data.val_root", SAMPLE / "val"], "blood_cells": []}
+    options = where.get(recipe.split("/")[0], ["--data.root", SAMPLE])
+    if recipe in ("imagenet1k/finetune_384", "imagenet1k/linear_probe"):  # which begin with a published checkpoint of a thousand classes
+        torch.save(timm.create_model("debiformer_small").state_dict(), "published.pth")
+        options += ["--model.pretrained", "published.pth"]
+    small = ["--data.batch_size", 4, "--data.num_workers", 0, "--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 1]
+    small += ["--data.input_size", 96 if recipe == "imagenet1k/finetune_384" else 64, "--trainer.precision", "32-true"]
+    short = ["--trainer.max_epochs", 1, "--model.warmup_epochs", 0, "--trainer.num_sanity_val_steps", 0, "--trainer.accelerator", "cpu"]
+    line = ["--config", recipe, *options, *small, *short, "--trainer.log_every_n_steps", 1, "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", *map(str, line)]) == 0
+    (run,) = Path("runs").iterdir()
+    last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 2
-    assert last["hyper_parameters"]["model"].startswith("debiformer_")
+    assert last["hyper_parameters"]["model"] in timm.list_models("*biformer*") + timm.list_models("debiformer*")
+    losses = [float(row["train/loss"]) for row in csv.DictReader((run / "csv/version_0/metrics.csv").open()) if row["train/loss"]]
+    assert len(losses) == 2
+    assert all(0 < loss < 10 for loss in losses)
 
 
 class TestEvaluate:

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from debiformer.cli import COMMANDS, labelling, main
+from debiformer.cli import COMMANDS, labelling, main, share
 from debiformer.models import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_commands_parse(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    name, *arguments = line.split()[1:]
+    name, *arguments = shlex.split(line)[1:]
     assert name in COMMANDS
     if name == "fit":  # everything but the checkpoint to resume from, which is not there
         with pytest.raises(SystemExit, match=r"^0$"):
@@ -52,6 +52,8 @@ def test_commands_parse(line, tmp_path, monkeypatch, capsys):
         assert "class_path" in capsys.readouterr().out
     if name == "predict":
         labelling.parse(arguments)
+    if name == "share":
+        share.parse(arguments)
 
 
 def test_the_table_of_models_is_true():

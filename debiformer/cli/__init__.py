@@ -30,6 +30,8 @@ COMMANDS = {
     "validate": Command("evaluate a checkpoint on the validation images", "training:validate", ("train",)),
     "test": Command("evaluate a checkpoint on the test images", "training:test", ("train",)),
     "predict": Command("label images with a checkpoint", "labelling:run", ("train",)),
+    "average": Command("average the weights of checkpoints: CKPT CKPT... --output FILE.ckpt", "average:run", ("train",)),
+    "share": Command("a checkpoint as a folder for timm and the Hugging Face Hub: CKPT FOLDER", "share:run", ("train",)),
     "models": Command("list the presets with their parameters and MACs", "models:run"),
     "bench": Command("compare the speed of timm models side by side: MODEL...", "bench:run"),
     "convert": Command("translate a published checkpoint: IN.pth OUT.safetensors", "convert:run"),
@@ -70,7 +72,9 @@ def written_by_us(error: BaseException | None) -> BaseException | None:
     """The error itself, or what caused it, if this package raised it for the user to read: a traceback would bury it."""
     while error is not None:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError | OSError | FloatingPointError) and raised_in.is_relative_to(Path(__file__).parents[1]):
+        if isinstance(error, ValueError | OSError | RuntimeError | ImportError | FloatingPointError) and raised_in.is_relative_to(
+            Path(__file__).parents[1]
+        ):
             return error
         error = error.__cause__
     return None

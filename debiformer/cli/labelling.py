@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of predict."""
     parser = argparse.ArgumentParser(prog="debiformer predict", description="Label images with a checkpoint of `debiformer fit`.")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="images; folders are searched for images")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="best.ckpt or last.ckpt of a run")
+    parser.add_argument("--checkpoint", required=True, help="best.ckpt or last.ckpt of a run, a shared folder, or hf-hub:OWNER/NAME")
     parser.add_argument("--output", type=Path, help="write to this file too: .csv, or .jsonl for JSON lines")
     parser.add_argument("--topk", default=3, type=at_least_one, help="labels per image, the likeliest first (default 3)")
     parser.add_argument("--batch-size", default=32, type=at_least_one, help="images in memory at a time (default 32)")

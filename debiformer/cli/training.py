@@ -1,7 +1,6 @@
 """Commands fit, validate and test: Lightning's CLI with recipes by name, one folder per run, and nothing overwritten."""
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,17 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from rich.console import Console
-from rich.table import Table
 
 from ..nearest import did_you_mean
 from ..tasks.checkpointing import LastCheckpoint, WholeCheckpoints
-from ..tasks.classification import ClassificationTask, ClassScore
-from ..tasks.prediction import PREPROCESSING, read_hyperparameters
+from ..tasks.classification import ClassificationTask
+from ..tasks.prediction import PREPROCESSING, read_hyperparameters, read_run
 from ..tasks.processes import SyncBatchNorms, check, join, started
+from .evaluation import add_arguments, report
 
 USAGE = {
     "fit": "debiformer fit --config RECIPE_OR_FILE [--data.root DIR] [--name RUN] [options: see --help]",
@@ -148,8 +146,14 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands but predict, which is a command of its own."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+        """Lightning's subcommands but predict, which is a command of its own; evaluation has a report of its own, and no `verbose`."""
+        return {name: skipped | {"verbose"} for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            add_arguments(parser, subcommand)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add --name, and link the data into the model."""
@@ -179,8 +183,11 @@ class TrainingCLI(LightningCLI):
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file() and not config.ckpt_path:
             config.ckpt_path = str(last)
-        if config.ckpt_path:
-            read_hyperparameters(Path(config.ckpt_path))
+        if config.ckpt_path and "averaged" in read_run(Path(config.ckpt_path)):
+            raise ValueError(
+                f"--ckpt_path {config.ckpt_path} is a mean of checkpoints, without an optimizer to go on with: make a folder of it with "
+                "`debiformer share`, and begin a run with --model.model local-dir:FOLDER --model.pretrained true"
+            )
         self.check_run()
 
     @rank_zero_only  # the other processes may start after the first has made the folder
@@ -196,16 +203,17 @@ class TrainingCLI(LightningCLI):
         if not begun.is_file():
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise FileExistsError(f"{self.folder} is no run of debiformer fit, it has no {begun.name}: name another folder with --name")
+            existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.folder):
+                with tempfile.TemporaryFile(dir=existing):
                     pass
             except OSError as error:
+                reason = f"{existing} cannot be written: {error.strerror}"
                 raise PermissionError(
-                    f"the run's folder {self.folder} cannot be written ({error.strerror}): choose another with --trainer.default_root_dir"
+                    f"no place for the run {self.folder}, {reason}; choose one with --trainer.default_root_dir"
                 ) from error
             return
-        now = _flat(yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)))
+        now = _flat(self.settings())
         then = _flat(yaml.safe_load(begun.read_text()))
         changed = [name for name in sorted(then | now) if then.get(name) != now.get(name) and name not in MAY_CHANGE]
         if changed:
@@ -214,6 +222,10 @@ class TrainingCLI(LightningCLI):
                 f"{self.folder} holds a run with other settings: {told}. Go on with those it began with, or begin another run with --name; "
                 f"to change them for the rest of this one, edit {begun}"
             )
+
+    def settings(self) -> dict[str, Any]:
+        """The whole configuration, as YAML has it."""
+        return yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of other classes than the data's, and say where images are prepared otherwise than they were for it."""
@@ -241,6 +253,7 @@ class TrainingCLI(LightningCLI):
             config.plugins.append(SyncBatchNorms())
         join(started(), config)
         if self.subcommand != "fit":
+            config.callbacks = [c for c in config.callbacks if not isinstance(c, Checkpoint)]  # nothing is saved here
             kwargs |= dict(logger=False, enable_checkpointing=False)
         else:
             kwargs |= self.log_and_save(config)
@@ -249,27 +262,31 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def log_and_save(self, config: Namespace) -> dict[str, Any]:
-        """Add what logs and saves in the run's folder to the trainer's settings; returns the loggers, if the recipe has none."""
+        """Add what saves in the run's folder to the trainer's settings; the rest comes back: the folder, and loggers if the recipe has none."""
+        folder = {"default_root_dir": self.folder}  # where Lightning leaves things of its own
         checkpoints = self.folder / "checkpoints"
         self.best = ModelCheckpoint(checkpoints, "best", monitor="val/acc", mode="max", enable_version_counter=False)
         last = LastCheckpoint(checkpoints, self.config[self.subcommand].checkpoint_minutes)
         config.callbacks += [self.best, last]
         config.plugins.append(WholeCheckpoints())
         if config.logger is not None:
-            return {}
+            return folder
         starts = len(list((self.folder / "csv").glob("*")))  # CSVLogger deletes what an earlier start wrote
         tensorboard = TensorBoardLogger(self.folder, name="", version="", default_hp_metric=False)
-        return {"logger": [tensorboard, CSVLogger(self.folder, name="csv", version=starts, flush_logs_every_n_steps=1)]}
+        return folder | {"logger": [tensorboard, CSVLogger(self.folder, name="csv", version=starts, flush_logs_every_n_steps=1)]}
 
-    def validate(self, ckpt_path: str, **kwargs: Any) -> None:
-        """Validate the weights of a checkpoint."""
-        self.load_weights(ckpt_path)
-        self.trainer.validate(**kwargs)
+    def validate(self, **_: Any) -> None:
+        """Evaluate the weights of a checkpoint on the validation images."""
+        self.evaluate("validate")
 
-    def test(self, ckpt_path: str, **kwargs: Any) -> None:
-        """Test the weights of a checkpoint."""
-        self.load_weights(ckpt_path)
-        self.trainer.test(**kwargs)
+    def test(self, **_: Any) -> None:
+        """Evaluate the weights of a checkpoint on the test images."""
+        self.evaluate("test")
+
+    def evaluate(self, command: str) -> None:
+        """Validate or test, and report."""
+        self.load_weights(self.config[command].ckpt_path)
+        report(self.trainer, self.model, self.datamodule, command, self.config[command], self.settings()["data"])
 
     def load_weights(self, ckpt_path: str) -> None:
         """Take the weights and nothing else: Lightning would restore the callbacks of the training too."""
@@ -287,13 +304,6 @@ class TrainingCLI(LightningCLI):
         print(f"to test     debiformer test --ckpt_path {best}")
         print(f"to predict  debiformer predict --checkpoint {best} IMAGE_OR_FOLDER")
 
-    @rank_zero_only
-    def after_validate(self) -> None:
-        """Print the table of classes."""
-        print_class_scores(self.model.class_scores)
-
-    after_test = after_validate
-
 
 class ProgressBar(RichProgressBar):
     """Lightning's, without the version number of a logger."""
@@ -301,13 +311,3 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict:
         """The logged metrics."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-
-
-def print_class_scores(scores: list[ClassScore]) -> None:
-    """Print recall and precision of every class."""
-    table = Table("class", title="per class", title_justify="left")
-    for column in ("images", "recall", "precision"):
-        table.add_column(column, justify="right")
-    for score in scores:
-        table.add_row(score.name, str(score.images), f"{score.recall:.4f}", f"{score.precision:.4f}")
-    Console(file=sys.stdout).print(table)

@@ -3,7 +3,8 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from copy import copy
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from lightning import LightningDataModule
@@ -13,8 +14,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..progress import batches_done, limited
 from ..seeding import Use, reseed, run_seed
-from .images import UnreadableImage, check_preprocessing
+from .images import UnreadableImage, check_preprocessing, train_transform
 from .sampling import PADDING, Draw, EvaluationSampler, TrainingSampler
 
 IGNORED = -1  # the target of what stands in for an image: no loss and no metric counts it
@@ -52,11 +54,6 @@ class ImageBatch(NamedTuple):
     damaged: list[str]
 
 
-def limited(batches: int, limit: int | float) -> int:
-    """The batches of an epoch that a trainer with this limit_train_batches uses: so many of them, or this share."""
-    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
-
-
 def blank(size: tuple[int, int], name: str = "", damaged: Sequence[str] = ()) -> Sample:
     """Stands in for an image in evaluation, and is not counted."""
     return Sample(torch.zeros(3, *size, dtype=torch.uint8), IGNORED, name, list(damaged))
@@ -83,9 +80,9 @@ class ReadImages(Dataset[Sample]):
 
     def __getitem__(self, draw: Draw) -> Sample:
         damaged: list[str] = []
-        if draw.index == PADDING:
+        if draw.image == PADDING:
             return blank(self.size)
-        for index in (step % len(self) for step in range(draw.index, draw.index + len(self))):
+        for index in (step % len(self) for step in range(draw.image, draw.image + len(self))):
             try:
                 image, target = self.images.read(index)
             except UnreadableImage as error:
@@ -94,7 +91,7 @@ class ReadImages(Dataset[Sample]):
                     return blank(self.size, self.images.name(index), damaged)
                 continue
             if self.training:
-                reseed(Use.IMAGE, self.seed, draw.epoch, index)
+                reseed(Use.IMAGE, self.seed, draw.epoch, index, devices=False)
             return Sample(self.transform(image), target, self.images.name(index), damaged)
         raise UnreadableImage(f"none of the {len(self)} images can be read; the last: {damaged[-1]}")
 
@@ -166,9 +163,8 @@ class ImageData(LightningDataModule):
         self.re_prob = re_prob
         size = self.input_size[1:]
         self.evaluate = create_transform(size, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True)
-        self.augment = create_transform(
+        self.augment = train_transform(
             size,
-            is_training=True,
             scale=scale,
             ratio=ratio,
             hflip=hflip,
@@ -181,6 +177,18 @@ class ImageData(LightningDataModule):
         )
         self.damaged: dict[str, None] = {}  # messages, in the order of their coming
 
+    def evaluated_at(self, input_size: int | tuple[int, int], crop_pct: float) -> Self:
+        """The same images for evaluation at another size and crop; files are not looked for again.
+
+        Raises:
+            ValueError: If one of the two is out of range.
+        """
+        other = copy(self)
+        other.input_size = check_preprocessing(input_size, self.mean, self.std, crop_pct, self.interpolation)
+        other.crop_pct = crop_pct
+        other.evaluate = create_transform(other.input_size[1:], crop_pct=crop_pct, interpolation=self.interpolation, use_prefetcher=True)
+        return other
+
     @property
     def num_classes(self) -> int:
         """How many classes there are."""
@@ -192,7 +200,7 @@ class ImageData(LightningDataModule):
 
     def batches_done(self) -> int:
         """Batches that the run has trained on, in all epochs and before any restart."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+        return batches_done(self.trainer) if self.trainer else 0
 
     def position(self, batches: int) -> tuple[int, int]:
         """The epoch that the run is in, and the batch of it that comes next, where an epoch has so many batches."""

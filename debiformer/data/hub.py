@@ -140,7 +140,9 @@ class _Indexed:
         self.dataset, self.source = dataset, source
         self.reader = getattr(dataset, "reader", None)
         holder = self.reader or dataset
-        numbered = holder.class_name_to_idx if hasattr(holder, "class_name_to_idx") else holder.class_to_idx  # timm's tar reader, all others
+        numbered = (
+            holder.class_name_to_idx if hasattr(holder, "class_name_to_idx") else holder.class_to_idx
+        )  # timm's tar reader, all others
         self.class_names = sorted(numbered, key=numbered.__getitem__)
 
     def __len__(self) -> int:

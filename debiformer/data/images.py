@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from torch import Tensor
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -114,6 +115,21 @@ def eval_transform(
     """
     _, height, width = check_preprocessing(input_size, mean, std, crop_pct, interpolation)
     return create_transform((height, width), mean=tuple(mean), std=tuple(std), crop_pct=crop_pct, interpolation=interpolation)
+
+
+def train_transform(input_size: tuple[int, int], **options: Any) -> Callable[[Image.Image], Any]:
+    """Timm's transform for training; `options` are those of its `create_transform`."""
+    transform = create_transform(input_size, is_training=True, **options)
+    for step in transform.transforms:
+        for operation in (*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
+    return transform
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """Timm's, but that an image of no bits is black, as before Pillow 13 made it an error: RandAugment at its strongest asks for it."""
+    return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep else Image.new(image.mode, image.size)
 
 
 def check_preprocessing(

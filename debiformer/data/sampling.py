@@ -14,7 +14,7 @@ PADDING = -1  # an index that stands for no image
 class Draw(NamedTuple):
     """An image that is to be read, and the epoch it is read in: what is random about it depends on both."""
 
-    index: int
+    image: int
     epoch: int
 
 

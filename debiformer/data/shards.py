@@ -154,7 +154,7 @@ class TrainingStream(Stream):
             for late in waiting:
                 if late == end:
                     return
-                reseed(Use.IMAGE, self.seed, epoch, slot, late)
+                reseed(Use.IMAGE, self.seed, epoch, slot, late, devices=False)
                 yield Sample(self.transform(image), target, name_of(raw), damaged.copy())
                 damaged.clear()  # which the reader goes on to fill
             waiting = []
@@ -167,7 +167,9 @@ class TrainingStream(Stream):
             start_of_pass = place
             while block := list(islice(raws, self.block)):
                 if place + len(block) > begin:
-                    order = torch.randperm(len(block), generator=torch.Generator().manual_seed(seed_from(Use.ORDER, self.seed, *key, place)))
+                    order = torch.randperm(
+                        len(block), generator=torch.Generator().manual_seed(seed_from(Use.ORDER, self.seed, *key, place))
+                    )
                     yield from (block[index] for index in order.tolist()[max(begin - place, 0) :])
                 place += len(block)
             if place == start_of_pass:

@@ -304,7 +304,7 @@ def create(model_class: type[Pyramid], name: str, stages: tuple[Stage, ...], pre
     cfg: Any = resolve_pretrained_cfg(name, pretrained_cfg=kwargs.pop("pretrained_cfg", None), pretrained_cfg_overlay=overlay)
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(missing_weights(name))
-    if pretrained and cfg.file:  # the published files hold more than tensors, which timm's own reader refuses
+    if pretrained and cfg.file and cfg.source != "local-dir":  # published files hold more than tensors, which timm's own reader refuses
         cfg.state_dict = to_our_names(read_checkpoint(cfg.file))
         if "head.fc.weight" in cfg.state_dict:  # timm drops a classifier that is not of this width
             cfg.num_classes = len(cfg.state_dict["head.fc.weight"])

@@ -10,17 +10,20 @@ import timm
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..data.base import limited
 from ..models.checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..models.pyramid import Pyramid
 from ..nearest import did_you_mean
+from ..progress import batches_done, limited
 from ..seeding import Use, reseed, run_seed
+from .addresses import is_address, read_config
+from .checkpointing import versions
 from .processes import FSDP2, shard
 
 
@@ -28,20 +31,25 @@ def create_model(name: str, num_classes: int, pretrained: bool | str = False, **
     """Any timm model by name, with published weights if wanted.
 
     Args:
-        name: A name that `timm.list_models` knows, or a `hf-hub:` or `local-dir:` address.
+        name: A name that `timm.list_models` knows, or an address: hf-hub:OWNER/NAME or local-dir:FOLDER.
         num_classes: Width of the classifier.
         pretrained: True takes the weights that timm knows for the model, a path those of that file.
         model_args: Anything else that the model's constructor takes.
 
     Raises:
         ValueError: If timm has no such model, or the weights do not fit it.
-        FileNotFoundError: If there is no weights file at that path.
+        FileNotFoundError: If there is no weights file at that path, or no model in that folder.
+        OSError: If the Hub does not give the model.
     """
-    if ":" not in name and not timm.is_model(name):
+    if is_address(name):
+        read_config(name)
+        if not pretrained:
+            rank_zero_warn(f"model={name!r} gives the architecture alone, with random weights: set pretrained to true for its own")
+    elif not timm.is_model(name):
         raise ValueError(f"model={name!r} is unknown to timm: {did_you_mean(name, timm.list_models())}")
     try:
         model = timm.create_model(name, pretrained=pretrained is True, num_classes=num_classes, **model_args)
-    except (RuntimeError, TypeError) as error:  # weights that are nowhere, arguments that the constructor does not have
+    except (RuntimeError, TypeError, SafetensorError) as error:  # no weights, damaged ones, arguments that the constructor does not have
         raise ValueError(f"model={name!r} with pretrained={pretrained!r} and model_args={model_args}: {error}") from error
     if isinstance(pretrained, str):
         load_weights(model, pretrained)
@@ -56,6 +64,8 @@ def load_weights(model: nn.Module, path: str) -> None:
         ValueError: If the file is no checkpoint, lacks weights of the model, or brings others.
     """
     weights = read_checkpoint(path)
+    if all(name.startswith("model.") for name in weights):  # of a run of ours
+        weights = {name.removeprefix("model."): value for name, value in weights.items()}
     from_published_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # where timm's models keep it
     classifier = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a name, or a tuple of them
     prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
@@ -75,8 +85,8 @@ def load_weights(model: nn.Module, path: str) -> None:
 class BaseTask(LightningModule):
     """A model with an optimizer, a schedule and a loss that must stay finite.
 
-    A subclass calls `save_hyperparameters` with optimizer, lr, lr_batch_size, weight_decay, layer_decay, warmup_epochs, warmup_lr, min_lr and on_nonfinite among
-    the arguments, then `check_hyperparameters`, and sets `model`.
+    A subclass calls `save_hyperparameters` with optimizer, lr, lr_batch_size, weight_decay, layer_decay, warmup_epochs, warmup_lr, min_lr
+    and on_nonfinite among the arguments, then `check_hyperparameters`, and sets `model`.
     """
 
     model: nn.Module
@@ -87,6 +97,7 @@ class BaseTask(LightningModule):
         self.losses: list[Tensor] = []  # since the last update
         self.names: list[str] = []
         self.batch: Any = None
+        self.buffers_before: list[Tensor] = []
 
     def check_hyperparameters(self) -> None:
         """Raise a ValueError that names the first optimizer or schedule argument that cannot work."""
@@ -150,7 +161,7 @@ class BaseTask(LightningModule):
         lr, per = self.hparams["lr"], self.hparams["lr_batch_size"]
         if per is None:
             return lr
-        batch_size = getattr(self.trainer.datamodule, "batch_size", None)
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if batch_size is None:
             raise ValueError(f"lr_batch_size={per} needs a data module that has a batch_size to scale lr={lr} by")
         return lr * batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches / per
@@ -160,8 +171,10 @@ class BaseTask(LightningModule):
         scheduler.step_update(self.global_step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make what is random about the step a function of seed, process and step."""
-        reseed(Use.STEP, run_seed(), self.global_rank, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        """Make what is random about the step a function of seed, process and step; keep what a step that is left out must not change."""
+        if self.hparams["on_nonfinite"] == "skip" and not self.losses:
+            self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
+        reseed(Use.STEP, run_seed(), self.global_rank, batches_done(self.trainer))
 
     def log_training(self, loss: Tensor, batch: Any) -> None:
         """Log train/loss and train/lr, and keep what a step that goes wrong is told by."""
@@ -181,6 +194,8 @@ class BaseTask(LightningModule):
             if self.hparams["on_nonfinite"] == "stop":
                 self._stop()
             optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradients, momentum and decay too
+            for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+                buffer.copy_(before)  # running statistics of batch norms
             self.skipped += 1
             rank_zero_warn(f"{self._what_happened()}: update left out, the {self.skipped}. of this run")
         self.losses, self.names, self.batch = [], [], None
@@ -200,8 +215,7 @@ class BaseTask(LightningModule):
         return f"train/loss is {losses} and gradients are not finite at epoch {self.current_epoch}, update {self.global_step}"
 
     def _stop(self) -> None:
-        folder = Path(self.trainer.default_root_dir if self.trainer.logger is None else self.trainer.logger.save_dir or ".")
-        file = folder / f"nonfinite_step{self.global_step}_rank{self.global_rank}.pt"
+        file = Path(self.trainer.default_root_dir) / f"nonfinite_step{self.global_step}_rank{self.global_rank}.pt"
         batch = tuple(self.batch) if isinstance(self.batch, tuple | list) else self.batch
         weights = self.trainer.strategy.lightning_module_state_dict()  # whole, where the processes hold parts of them
         dump = dict(batch=batch, names=self.names, losses=self.losses, seed=run_seed(), step=self.global_step, weights=weights)
@@ -214,8 +228,9 @@ class BaseTask(LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the number of updates left out."""
+        """Keep the number of updates left out, and the versions that it was written with."""
         checkpoint["skipped"] = self.skipped
+        checkpoint["versions"] = versions()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up again."""

@@ -1,16 +1,27 @@
 """Checkpoints that are whole or not there, and that a run which was cut off goes on from."""
 
 import os
+import platform
 import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import lightning
+import timm
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from .. import __version__
+
 TEMPORARY = ".unfinished"  # suffix of a file that is being written
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on, by name."""
+    found = {"debiformer": __version__, "torch": torch.__version__, "timm": timm.__version__, "lightning": lightning.__version__}
+    return {name: str(version) for name, version in found.items()} | {"python": platform.python_version()}
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -34,9 +45,11 @@ class WholeCheckpoints(TorchCheckpointIO):
             unfinished.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or error
             kept = "the one before it is whole" if target.exists() else "there is none before it"
-            raise OSError(f"checkpoint {target} cannot be written: {reason}; {kept}. Make room or mend the folder, and run again") from error
+            raise OSError(
+                f"checkpoint {target} cannot be written: {reason}; {kept}. Make room or mend the folder, and run again"
+            ) from error
 
-    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint whose checksums are right."""
         verify(Path(path))
         return super().load_checkpoint(path, map_location, weights_only)

@@ -1,15 +1,16 @@
 """Image classification: one label per image."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from timm.data import Mixup
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall, MulticlassStatScores
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix, MulticlassRecall
 
+from .addresses import by_name, is_address
 from .base import BaseTask, create_model
 
 
@@ -26,7 +27,7 @@ class ClassificationTask(BaseTask):
     """Train and evaluate any timm model as a classifier.
 
     Args:
-        model: Name of a timm model.
+        model: Name of a timm model, or the address of one: hf-hub:OWNER/NAME or local-dir:FOLDER.
         class_names: Labels in the order of the targets; from the command line the data gives them.
         input_size: Channels, height and width that the model is trained at; with the next four, what prediction must do to an image.
         mean: Mean of every channel, in [0, 1].
@@ -102,11 +103,13 @@ class ClassificationTask(BaseTask):
             raise ValueError(f"class_names={class_names} must name at least two classes")
         num_classes = len(class_names)
         self.model = create_model(model, num_classes, pretrained, drop_path_rate=drop_path_rate, **(model_args or {}))
+        if is_address(model):  # a checkpoint must not need the folder or the Hub again
+            self.hparams.update(by_name(self.model, model, drop_path_rate))
         if freeze_backbone:
             self.model.requires_grad_(False)
-            self.model.get_classifier().requires_grad_(True)
+            cast(Any, self.model).get_classifier().requires_grad_(True)
         if grad_checkpointing:
-            self.model.set_grad_checkpointing(True)
+            cast(Any, self.model).set_grad_checkpointing(True)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         if compile:
@@ -120,8 +123,25 @@ class ClassificationTask(BaseTask):
             metrics["acc_top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
         self.val_metrics = MetricCollection(metrics, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
-        self.counts = MulticlassStatScores(num_classes, average=None)
-        self.class_scores: list[ClassScore] = []
+        # Lightning's own mean over processes rounds down how many images each had. A loss that is no number is to be seen.
+        self.loss = MeanMetric(nan_strategy="disable")
+        self.calibration = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
+        self.confusion: MulticlassConfusionMatrix | None = None  # classes times classes is too much to send round after every epoch
+        self.confusion_matrix: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        """Count a confusion matrix where evaluation is all that the trainer does."""
+        self.confusion = MulticlassConfusionMatrix(len(self.hparams["class_names"])) if stage in ("validate", "test") else None
+
+    @property
+    def class_scores(self) -> list[ClassScore]:
+        """How each class fared in the last evaluation; none before the first, and training's own validation is none."""
+        if self.confusion_matrix is None:
+            return []
+        counts = self.confusion_matrix.double()
+        hits, images, guessed = counts.diagonal(), counts.sum(1), counts.sum(0)
+        columns = (images.int().tolist(), (hits / images).tolist(), (hits / guessed).tolist())
+        return [ClassScore(*row) for row in zip(self.hparams["class_names"], *columns, strict=True)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, classes)."""
@@ -149,36 +169,40 @@ class ClassificationTask(BaseTask):
             images, soft = torch.cat([mixed, images[even:]]), torch.cat([soft_even.to(soft), soft[even:]])
         return images, soft
 
-    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
-        """Count a batch into the val metrics."""
-        self._evaluate(batch, "val", self.val_metrics)
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        """Count a batch into the val metrics; its logits (B, classes), for callbacks."""
+        return self._evaluate(batch, self.val_metrics)
 
-    def test_step(self, batch: Sequence[Any], batch_idx: int) -> None:
-        """Count a batch into the test metrics."""
-        self._evaluate(batch, "test", self.test_metrics)
+    def test_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        """Count a batch into the test metrics; its logits (B, classes), for callbacks."""
+        return self._evaluate(batch, self.test_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the val metrics and set `class_scores`."""
-        self._conclude(self.val_metrics)
+        """Log the val metrics and set `confusion_matrix`."""
+        self._conclude("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Log the test metrics and set `class_scores`."""
-        self._conclude(self.test_metrics)
+        """Log the test metrics and set `confusion_matrix`."""
+        self._conclude("test", self.test_metrics)
 
-    def _evaluate(self, batch: Sequence[Any], stage: str, metrics: MetricCollection) -> None:
+    def _evaluate(self, batch: Sequence[Any], metrics: MetricCollection) -> Tensor:
         logits, targets = self(batch[0]), batch[1]
         counted = targets >= 0  # the others stand in for what could not be read, or fill up the last batch
-        if not counted.all():
-            logits, targets = logits[counted], targets[counted]
-        loss = F.cross_entropy(logits, targets) if len(targets) else logits.sum()
-        self.log(f"{stage}/loss", loss, batch_size=len(targets), prog_bar=True, sync_dist=True)
-        metrics.update(logits, targets)
-        self.counts.update(logits, targets)
+        if not counted.any():
+            return logits
+        given = logits[counted], targets[counted]
+        self.loss.update(F.cross_entropy(*given, reduction="none"))
+        metrics.update(*given)
+        self.calibration.update(given[0].float().softmax(-1), given[1])  # it would take logits in [0, 1] for probabilities
+        if self.confusion is not None:
+            self.confusion.update(*given)
+        return logits
 
-    def _conclude(self, metrics: MetricCollection) -> None:
-        self.log_dict(metrics.compute(), prog_bar=True, sync_dist=True)
-        metrics.reset()
-        hits, false_hits, _, _, images = self.counts.compute().double().T
-        self.counts.reset()
-        columns = (images.int().tolist(), (hits / images).tolist(), (hits / (hits + false_hits)).tolist())
-        self.class_scores = [ClassScore(*row) for row in zip(self.hparams["class_names"], *columns, strict=True)]
+    def _conclude(self, stage: str, metrics: MetricCollection) -> None:
+        scores = metrics.compute() | {f"{stage}/loss": self.loss.compute(), f"{stage}/ece": self.calibration.compute()}
+        self.log_dict(scores, prog_bar=True, sync_dist=True)
+        for counted in (metrics, self.loss, self.calibration):
+            counted.reset()
+        if self.confusion is not None:
+            self.confusion_matrix = self.confusion.compute().cpu()  # images by class (rows) and by the label given to them (columns)
+            self.confusion.reset()

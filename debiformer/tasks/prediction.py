@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from .addresses import address_of, read_config
 from .classification import ClassificationTask
 
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")
@@ -29,8 +30,8 @@ class Prediction(NamedTuple):
     error: str | None
 
 
-def read_hyperparameters(checkpoint: Path) -> dict:
-    """The arguments of the task that a checkpoint was saved from.
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint, mapped rather than read: `hyper_parameters` are the arguments of its task.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -47,13 +48,38 @@ def read_hyperparameters(checkpoint: Path) -> dict:
     lacking = [name for name in ("model", "class_names", *PREPROCESSING) if name not in hparams]
     if lacking:
         raise ValueError(f"checkpoint {checkpoint} is not from a classification run, it lacks {', '.join(lacking)}: {remedy}")
-    return hparams
+    return saved
 
 
-def load_classifier(checkpoint: Path, device: str | torch.device = "cpu") -> ClassificationTask:
-    """The trained task in a checkpoint, ready to predict; raises what `read_hyperparameters` raises."""
-    read_hyperparameters(checkpoint)
-    task = ClassificationTask.load_from_checkpoint(checkpoint, map_location=device, weights_only=True)
+def read_hyperparameters(checkpoint: Path) -> dict[str, Any]:
+    """The arguments of the task that a checkpoint was saved from; raises what `read_run` raises."""
+    return read_run(checkpoint)["hyper_parameters"]
+
+
+def load_classifier(source: str | Path, device: str | torch.device = "cpu") -> ClassificationTask:
+    """The trained task in a checkpoint, in a shared folder or on the Hugging Face Hub, ready to predict.
+
+    Args:
+        source: A checkpoint file, a folder that `debiformer share` wrote, or an address: hf-hub:OWNER/NAME or local-dir:FOLDER.
+        device: Where the weights go.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it is no checkpoint of a classification run, or no model with label names and a preprocessing known here.
+        OSError: If the Hub does not give the model.
+    """
+    address = address_of(source)
+    if address is None:
+        read_run(Path(source))
+        task = ClassificationTask.load_from_checkpoint(source, map_location=device, weights_only=True)
+    else:
+        cfg = read_config(address).pretrained_cfg
+        if not isinstance(cfg.get("label_names"), list) or not cfg.keys() >= set(PREPROCESSING):
+            raise ValueError(f"model {address} does not say what its labels are and how it wants images: `debiformer share` writes both")
+        if cfg.get("crop_mode", "center") != "center":
+            raise ValueError(f"model {address} wants images cropped by crop_mode={cfg['crop_mode']!r}: only 'center' is known here")
+        preprocessing = {name: cfg[name] for name in PREPROCESSING}
+        task = ClassificationTask(address, cfg["label_names"], pretrained=True, **preprocessing).to(device)
     return task.eval().requires_grad_(False)
 
 

@@ -21,7 +21,7 @@ def cells():
 def test_counts(cells):
     assert cells.class_names == ["platelet", "rbc", "wbc"]
     for split, counts in COUNTS.items():
-        assert tuple(torch.bincount(torch.tensor(cells.datasets[split].targets)).tolist()) == counts
+        assert tuple(torch.bincount(torch.tensor(cells.images(split).targets)).tolist()) == counts
 
 
 def test_no_image_gives_crops_to_two_splits():
@@ -44,11 +44,10 @@ def test_the_sample_is_small_and_licensed():
 
 
 def test_batches(cells):
-    images, targets = next(iter(cells.train_dataloader()))
-    assert images.shape == (64, 3, 64, 64)
-    assert images.isfinite().all()
-    assert set(targets.tolist()) <= {0, 1, 2}
-    assert sum(len(targets) for _, targets in cells.test_dataloader()) == sum(COUNTS["test"])
+    batch = next(iter(cells.train_dataloader()))
+    assert batch.images.shape == (64, 3, 64, 64)
+    assert set(batch.targets.tolist()) <= {0, 1, 2}
+    assert sum(len(batch.targets) for batch in cells.test_dataloader()) == sum(COUNTS["test"])
 
 
 def test_whole_images_show_their_boxes():

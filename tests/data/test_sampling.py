@@ -7,7 +7,7 @@ from debiformer.data.sampling import PADDING, EvaluationSampler, TrainingSampler
 
 
 def epoch_of(sampler):
-    return [draw.index for draw in sampler]
+    return [draw.image for draw in sampler]
 
 
 @given(images=st.integers(1, 60), batch_size=st.integers(1, 9), world_size=st.integers(1, 4), epoch=st.integers(0, 3))

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import timm
@@ -12,7 +13,12 @@ from debiformer.tasks.classification import ClassificationTask
 CLASSES = ["a", "b", "c"]
 
 
-def fit(task, epochs=2, images=24, value=1.0, **trainer):
+def trainer(default_root_dir=None, **options):
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    return Trainer(accelerator="cpu", limit_val_batches=0, default_root_dir=default_root_dir, **quiet, **options)
+
+
+def fit(task, epochs=2, images=24, value=1.0, **options):
     """Fit on noise, four batches of six an epoch; the learning rate that every update used."""
     torch.manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(images, 3, 32, 32) * value, torch.arange(images) % 3), batch_size=6)
@@ -24,16 +30,7 @@ def fit(task, epochs=2, images=24, value=1.0, **trainer):
         optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
 
     task.optimizer_step = recording
-    Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **trainer,
-    ).fit(task, data)
+    trainer(max_epochs=epochs, **options).fit(task, data)
     return rates
 
 
@@ -64,9 +61,44 @@ class TestSchedule:
         with pytest.raises(ValueError, match="max_epochs"):
             fit(ClassificationTask("test_convnext", CLASSES), epochs=-1)
 
-    def test_a_loss_that_is_not_finite_stops_the_run(self):
-        with pytest.raises(FloatingPointError, match=r"train/loss is nan at epoch 0, batch 0: lower model.lr"):
-            fit(ClassificationTask("test_convnext", CLASSES), value=math.nan)
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+class TestNonFinite:
+    def test_the_run_stops_and_leaves_what_is_needed_to_find_out(self, tmp_path):
+        task = ClassificationTask("test_convnext", CLASSES)
+        with pytest.raises(
+            FloatingPointError, match=r"train/loss is nan .* at epoch 0, update 0.*nonfinite_step0_rank0.pt. Lower model.lr"
+        ):
+            fit(task, value=math.nan, default_root_dir=tmp_path)
+        dump = torch.load(tmp_path / "nonfinite_step0_rank0.pt", weights_only=True)
+        assert dump["batch"][0].isnan().all()
+        assert dump["batch"][1].tolist() == [0, 1, 2, 0, 1, 2]
+        assert torch.equal(dump["weights"]["model.head.fc.weight"], task.model.head.fc.weight)
+
+    @pytest.mark.parametrize("model", ["test_convnext", "debiformer_nano"])  # without batch norms, and with them
+    def test_or_leaves_the_update_out_and_counts_it(self, tmp_path, model):
+        """One image is broken: the run is that of the other updates, as if this one had not been."""
+        images = torch.randn(24, 3, 32, 32)
+        broken = images.clone()
+        broken[7] = math.inf
+        weights = {}
+        for name, data, skipped in (("whole", images, 0), ("broken", broken, 1)):
+            torch.manual_seed(1)
+            task = ClassificationTask(model, CLASSES, on_nonfinite="skip", optimizer="sgd", weight_decay=0.1, lr=0.1)
+            seen = []
+            task.on_before_zero_grad = lambda _, task=task, seen=seen: seen.append(task.model.head.fc.weight.clone())
+            loader = DataLoader(TensorDataset(data, torch.arange(24) % 3), batch_size=6)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                trainer(tmp_path, max_epochs=1).fit(task, loader)
+            assert task.skipped == skipped
+            assert [True for w in told if "update left out, the 1. of this run" in str(w.message)] == [True] * skipped
+            weights[name] = seen
+        assert torch.equal(weights["broken"][1], weights["whole"][1])  # after the first update
+        assert torch.equal(weights["broken"][2], weights["broken"][1])  # the second was left out, decay and momentum too
+        assert weights["broken"][3].isfinite().all()
+        assert not torch.equal(weights["broken"][3], weights["broken"][2])
+        assert all(buffer.isfinite().all() for buffer in task.model.buffers())
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
@@ -113,6 +145,14 @@ class TestPretrained:
         torch.save(published.state_dict(), tmp_path / "published.pth")
         model = create_model("test_convnext", 3, pretrained=str(tmp_path / "published.pth"))
         assert torch.equal(model.head.fc.weight, published.head.fc.weight)
+
+    @pytest.mark.parametrize("name", ["test_convnext", "debiformer_nano"])
+    def test_a_checkpoint_of_a_run(self, tmp_path, name):
+        task = ClassificationTask(name, ["a", "b"])
+        torch.save({"state_dict": task.state_dict(), "hyper_parameters": {}}, tmp_path / "best.ckpt")
+        model = create_model(name, 3, pretrained=str(tmp_path / "best.ckpt"))
+        for key, value in task.model.state_dict().items():
+            assert key.startswith("head.fc.") or torch.equal(model.state_dict()[key], value)
 
     def test_published_names_are_understood(self, tmp_path):
         ours = timm.create_model("debiformer_nano", num_classes=7)

@@ -50,6 +50,62 @@ def test_top5_counts_the_fifth_and_not_the_sixth():
     assert math.isnan(task.class_scores[3].precision)  # never guessed
 
 
+def evaluated(logits, targets, **options):
+    """What validation logs for given logits, four at a time, and the task."""
+    task = ClassificationTask("test_convnext", [f"class {index}" for index in range(logits.shape[1])], **options)
+    task.model = Lookup()
+    data = DataLoader(TensorDataset(logits[:, :, None, None], targets), batch_size=4)
+    (result,) = Trainer(**QUIET).validate(task, data, verbose=False)
+    return result, task
+
+
+@pytest.mark.filterwarnings("ignore:The 'val_dataloader' does not have many workers")
+class TestEvaluation:
+    def test_calibration_error_by_hand(self):
+        """Two bins: of the images with a confidence of 0.95 half are right, of those with 0.7 all; 0.45 * 4/6 + 0.3 * 2/6 is the error."""
+        confidences, right = [0.95, 0.95, 0.95, 0.95, 0.7, 0.7], [1, 0, 1, 0, 1, 1]
+        logits = torch.tensor([[math.log(p / (1 - p)), 0.0] for p in confidences])
+        result, _ = evaluated(logits, 1 - torch.tensor(right))
+        assert result["val/ece"] == pytest.approx(0.45 * 4 / 6 + 0.3 * 2 / 6)
+
+    def test_logits_between_0_and_1_are_logits_still(self):
+        result, _ = evaluated(torch.tensor([[0.9, 0.1]]), torch.tensor([0]))
+        assert result["val/ece"] == pytest.approx(1 - 1 / (1 + math.exp(-0.8)))
+
+    def test_the_matrix_has_classes_in_rows_and_labels_in_columns(self):
+        logits = F.one_hot(torch.tensor([0, 2, 2, 1, 2, 0, 2]), 3) * 4.0
+        _, task = evaluated(logits, torch.tensor([0, 0, 0, 1, 2, 2, 0]))
+        assert task.confusion_matrix.tolist() == [[1, 0, 3], [0, 1, 0], [1, 0, 1]]
+
+    def test_targets_below_0_count_nowhere(self):
+        """Not one by one, and not where they are a whole batch."""
+        logits, targets = torch.randn(10, 6) * 3, torch.arange(10) % 6
+        fillers, ignored = torch.full((6, 6), torch.nan), torch.full((6,), -1)
+        expected, task = evaluated(logits, targets)
+        found, filled = evaluated(torch.cat([logits, fillers]), torch.cat([targets, ignored]))
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert torch.equal(filled.confusion_matrix, task.confusion_matrix)
+        assert filled.confusion_matrix.sum() == 10
+
+    def test_a_loss_that_is_no_number_is_seen(self):
+        logits = torch.randn(6, 3)
+        logits[5] = torch.nan
+        result, _ = evaluated(logits, torch.arange(6) % 3)
+        assert math.isnan(result["val/loss"])
+
+    @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+    def test_training_keeps_no_matrix(self):
+        data = DataLoader(TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 3), batch_size=4)
+        task = ClassificationTask("test_convnext", ["a", "b", "c"])
+        trainer = Trainer(max_epochs=1, enable_checkpointing=False, log_every_n_steps=1, **QUIET)
+        trainer.fit(task, data, data)
+        assert "val/ece" in trainer.callback_metrics
+        assert task.confusion_matrix is None
+        assert task.class_scores == []
+        trainer.validate(task, data, verbose=False)
+        assert sum(score.images for score in task.class_scores) == 8
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5, 8])
 @pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
 def test_mixed_targets_say_how_the_images_were_mixed(batch, mixing):

@@ -1,0 +1,171 @@
+"""Accuracy on CIFAR-10 at equal parameters and recipe: python benchmarks/cifar10.py --train cifar10-train.tar --test cifar10-test.tar
+
+DeBiFormer-nano, a BiFormer and three of timm's models, cut down to its size, train by the recipe cifar10/debiformer_nano, and are tested on
+all test images as they go: no choice is made by the test images, the last accuracy counts. Short runs (--epochs below 20) leave out Mixup,
+CutMix, RandAugment, erasing and stochastic depth, which pay in long ones. Each run is a process of its own in --folder and goes on where it
+was cut off when the same command is given again. Prints the table, draws results/cifar10.png; --plot draws it again.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import timm
+import torch
+from matplotlib import pyplot as plt
+from record import RESULTS, save
+from timm.models import register_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from debiformer.cli.training import run
+from debiformer.models.biformer import BiFormer, create, stages
+
+SIZE = 64
+LONG = 20  # epochs from which the recipe's augmentation is kept
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # name in the figure: timm's name, arguments, colour of Okabe and Ito's palette
+    "DeBiFormer-nano": ("debiformer_nano", {}, "#0072B2"),
+    "BiFormer, small": ("biformer_for_cifar", {}, "#009E73"),
+    "Swin, small": (
+        "swin_tiny_patch4_window7_224",
+        dict(img_size=SIZE, window_size=4, embed_dim=24, depths=[2, 2, 6, 2], num_heads=[1, 2, 4, 8]),
+        "#D55E00",
+    ),
+    "ConvNeXt, small": ("convnext_atto", dict(depths=[2, 2, 4, 2], dims=[32, 64, 128, 208]), "#595959"),
+    "ResNet, small": ("resnet18", dict(channels=[24, 48, 96, 192]), "#CC79A7"),
+}
+
+
+@register_model
+def biformer_for_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BiFormer at the size of DeBiFormer-nano."""
+    return create(BiFormer, "biformer_tiny", stages((2, 2, 3, 1), width=32), pretrained, **({"region_grid": 4} | kwargs))
+
+
+def run_name(name: str, seed: int, epochs: int) -> str:
+    """The folder of a run."""
+    return f"{name.split(',')[0].lower()}_{epochs}_epochs_seed{seed}"
+
+
+def train(name: str, seed: int, arguments: argparse.Namespace) -> None:
+    """One run, in this process."""
+    torch.set_num_threads(arguments.threads)
+    model, model_args, _ = MODELS[name]
+    settings: dict[str, Any] = {
+        "config": "cifar10/debiformer_nano",
+        "name": run_name(name, seed, arguments.epochs),
+        "seed_everything": seed,
+        "data.train_root": arguments.train,
+        "data.val_root": arguments.test,
+        "data.batch_size": 64,
+        "data.num_workers": arguments.workers,
+        "model.model": model,
+        "model.model_args": json.dumps(model_args),
+        "model.lr_batch_size": 64,
+        "trainer.max_epochs": arguments.epochs,
+        "trainer.default_root_dir": arguments.folder,
+        "trainer.accelerator": arguments.accelerator,
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.enable_progress_bar": "false",
+    }
+    if arguments.epochs < LONG:
+        plain = {"auto_augment": "null", "re_prob": 0, "color_jitter": 0}
+        settings |= {f"data.{option}": value for option, value in plain.items()}
+        settings |= {"model.mixup": 0, "model.cutmix": 0, "model.drop_path_rate": 0, "model.warmup_epochs": 0.1}
+        settings |= {"trainer.val_check_interval": 0.25}
+    run("fit", [f"--{option}={value}" for option, value in settings.items()])
+
+
+def curve(folder: Path) -> list[tuple[int, float]]:
+    """Updates done and accuracy at each test, from the logs of all starts of a run."""
+    rows = [row for file in sorted(folder.glob("csv/version_*/metrics.csv")) for row in csv.DictReader(file.open())]
+    return sorted({int(row["step"]) + 1: float(row["val/acc"]) for row in rows if row.get("val/acc")}.items())
+
+
+def describe(name: str) -> dict[str, float]:
+    """Parameters in millions and MACs in millions of a model."""
+    model, model_args, _ = MODELS[name]
+    built = timm.create_model(model, num_classes=10, **model_args).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        built(torch.randn(1, 3, SIZE, SIZE))
+    return dict(params_m=round(sum(p.numel() for p in built.parameters()) / 1e6, 2), macs_m=round(counter.get_total_flops() / 2e6, 1))
+
+
+def plot(rows: list[dict[str, Any]]) -> Path:
+    """Accuracy on the test images over the epochs, a line for each seed."""
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    ends = sorted(
+        {
+            name: statistics.mean(r["accuracy"] for r in rows if r["model"] == name)
+            for name in MODELS
+            if any(r["model"] == name for r in rows)
+        }.items(),
+        key=lambda end: end[1],
+    )
+    height = 0.0
+    for name, end in ends:
+        for row in (row for row in rows if row["model"] == name):
+            steps, accuracies = zip(*row["curve"], strict=True)
+            epochs = [row["epochs"] * step / steps[-1] for step in steps]
+            axes.plot(epochs, [100 * a for a in accuracies], color=MODELS[name][2], marker="o", markersize=4)
+        height = max(100 * end, height + 1.3)  # labels that do not touch
+        axes.annotate(
+            f"{name} {100 * end:.1f}", (rows[0]["epochs"], height), (8, 0), None, "offset points", color=MODELS[name][2], va="center"
+        )
+    axes.set(
+        xlabel="epochs", ylabel="accuracy on the test images, %", title=f"CIFAR-10 at {SIZE} pixels, models of 1.4 to 1.8 M parameters"
+    )
+    figure.savefig(RESULTS / "cifar10.png", dpi=110)
+    return RESULTS / "cifar10.png"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", help="tar file or folder of class folders")
+    parser.add_argument("--test", help="the same, of the test images")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--folder", default="runs/cifar10")
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--plot", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.one:
+        return train(arguments.one[0], int(arguments.one[1]), arguments)
+    if arguments.plot:
+        print(plot(json.loads((RESULTS / "cifar10.json").read_text())["results"]))
+        return None
+    if not arguments.train or not arguments.test:
+        parser.error("--train and --test are needed")
+    rows = []
+    for seed in arguments.seeds:
+        for name in arguments.models:
+            print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name, str(seed)], check=True, stdout=subprocess.DEVNULL)
+            tested = curve(Path(arguments.folder, run_name(name, seed, arguments.epochs)))
+            rows.append(
+                {"model": name, **describe(name), "seed": seed, "epochs": arguments.epochs, "accuracy": tested[-1][1], "curve": tested}
+            )
+            save("cifar10", rows, packages=["lightning"])  # whatever has been measured, should the rest be cut off
+            print(
+                f"{name:<18} seed {seed} {rows[-1]['params_m']:5.2f} M {rows[-1]['macs_m']:5.1f} MMACs {100 * rows[-1]['accuracy']:6.2f} %",
+                flush=True,
+            )
+    print(plot(rows))
+    return None
+
+
+if __name__ == "__main__":
+    main()
