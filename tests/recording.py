@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from lightning import Callback
+from torch.distributed.tensor import DTensor
 
 
 class Recorder(Callback):
@@ -38,15 +39,22 @@ class Recorder(Callback):
         self.write("scores", trainer, {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        gradients = {name: p.grad for name, p in pl_module.named_parameters()}
-        torch.save(gradients, self.folder / f"gradients{trainer.global_step}.{trainer.global_rank}")
+        torch.save(
+            whole({name: p.grad for name, p in pl_module.named_parameters()}),
+            self.folder / f"gradients{trainer.global_step}.{trainer.global_rank}",
+        )
 
     def on_train_end(self, trainer, pl_module):
-        torch.save(pl_module.state_dict(), self.folder / f"weights.{trainer.global_rank}")
+        torch.save(whole(pl_module.state_dict()), self.folder / f"weights.{trainer.global_rank}")
 
     def write(self, name, trainer, what):
         with (self.folder / f"{name}.{trainer.global_rank}").open("a") as file:
             print(json.dumps(what), file=file)
+
+
+def whole(tensors):
+    """The tensors, put together where the processes hold parts of them."""
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
 
 
 def read(folder, name, rank=0):

@@ -262,7 +262,7 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def log_and_save(self, config: Namespace) -> dict[str, Any]:
-        """Add what saves in the run's folder to the trainer's settings; the rest comes back: the folder, and loggers if the recipe has none."""
+        """Add what saves in the run's folder to the trainer's settings; returns further ones: the folder, and loggers."""
         folder = {"default_root_dir": self.folder}  # where Lightning leaves things of its own
         checkpoints = self.folder / "checkpoints"
         self.best = ModelCheckpoint(checkpoints, "best", monitor="val/acc", mode="max", enable_version_counter=False)

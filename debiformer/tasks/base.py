@@ -118,11 +118,14 @@ class BaseTask(LightningModule):
             raise ValueError(f"layer_decay={hparams['layer_decay']} must be above 0 and at most 1, or left out")
 
     def configure_model(self) -> None:
-        """Spread the weights over the processes where the strategy is FSDP2; Lightning calls this once they are connected.
+        """Give the weights their precision, and spread them where the strategy is FSDP2; Lightning calls this once processes are joined.
 
         Raises:
             ValueError: If it is another `ModelParallelStrategy`.
         """
+        if self._trainer is None:  # a task loaded from a checkpoint to predict
+            return
+        self.trainer.precision_plugin.convert_module(self)  # before Lightning loads a checkpoint, which would be rounded to what is here
         if self.device_mesh is None or isinstance(self.model, FSDPModule):
             return
         if not isinstance(self.trainer.strategy, FSDP2):
