@@ -258,7 +258,7 @@ class TrainingCLI(LightningCLI):
         else:
             kwargs |= self.log_and_save(config)
         trainer = super().instantiate_trainer(**kwargs)
-        check(trainer, config.precision, started())
+        check(trainer, config, started())
         return trainer
 
     def log_and_save(self, config: Namespace) -> dict[str, Any]:

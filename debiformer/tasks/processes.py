@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -47,15 +48,18 @@ def join(launch: Started | None, settings: Any) -> None:
         settings.plugins.append(SLURMEnvironment(auto_requeue=False))
 
 
-def check(trainer: Trainer, precision: str | int | None, launch: Started | None) -> None:
-    """See that a trainer does what it was asked to.
+def check(trainer: Trainer, settings: Any, launch: Started | None) -> None:
+    """See that a trainer does what its settings ask for.
 
     Raises:
-        ValueError: If it would not use all processes that were started, or takes another precision than this.
+        ValueError: If it would take another precision, cannot synchronise batch norms, or would not use all processes that were started.
     """
-    if str(precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
-        raise ValueError(f"trainer.precision={precision} needs a GPU; on a CPU take bf16-mixed")
-    if launch and (trainer.num_devices, trainer.num_nodes) != (launch.devices, launch.num_nodes):
+    spread = (trainer.num_devices, trainer.num_nodes)
+    if str(settings.precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
+        raise ValueError(f"trainer.precision={settings.precision} needs a GPU; on a CPU take bf16-mixed")
+    if settings.sync_batchnorm and isinstance(trainer.accelerator, CPUAccelerator) and spread != (1, 1):
+        raise ValueError("trainer.sync_batchnorm needs GPUs: PyTorch's synchronised norms do not run on a CPU")
+    if launch and spread != (launch.devices, launch.num_nodes):
         raise ValueError(
             f"{launch.launcher} started {launch.devices} processes on each of {launch.num_nodes} nodes, which do not go with "
             f"trainer.devices={trainer.num_devices} and trainer.num_nodes={trainer.num_nodes}: leave these two out"
