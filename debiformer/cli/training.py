@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,6 +18,7 @@ from ..nearest import did_you_mean
 from ..tasks.checkpointing import LastCheckpoint, WholeCheckpoints
 from ..tasks.classification import ClassificationTask
 from ..tasks.prediction import PREPROCESSING, read_hyperparameters, read_run
+from ..tasks.processes import SyncBatchNorms, check, join, started
 from .evaluation import add_arguments, report
 
 USAGE = {
@@ -244,24 +246,36 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that logs and saves in the run's folder, unless the recipe says otherwise."""
         config = self.config_init[self.subcommand].trainer
-        callbacks = config.callbacks or []
-        config.callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        for name in ("callbacks", "plugins"):
+            given = config[name] or []
+            config[name] = list(given) if isinstance(given, list) else [given]
         if config.enable_progress_bar is not False and not any(isinstance(c, RichProgressBar) for c in config.callbacks):
             config.callbacks.append(ProgressBar(leave=True))
+        if config.sync_batchnorm:
+            config.plugins.append(SyncBatchNorms())
+        join(started(), config)
         if self.subcommand != "fit":
             config.callbacks = [c for c in config.callbacks if not isinstance(c, Checkpoint)]  # nothing is saved here
-            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
-        kwargs["default_root_dir"] = self.folder  # where Lightning leaves things of its own, such as what SLURM's requeueing saves
+            kwargs |= dict(logger=False, enable_checkpointing=False)
+        else:
+            kwargs |= self.log_and_save(config)
+        trainer = super().instantiate_trainer(**kwargs)
+        check(trainer, config, started())
+        return trainer
+
+    def log_and_save(self, config: Namespace) -> dict[str, Any]:
+        """Add what saves in the run's folder to the trainer's settings; returns further ones: the folder, and loggers."""
+        folder = {"default_root_dir": self.folder}  # where Lightning leaves things of its own
         checkpoints = self.folder / "checkpoints"
         self.best = ModelCheckpoint(checkpoints, "best", monitor="val/acc", mode="max", enable_version_counter=False)
         last = LastCheckpoint(checkpoints, self.config[self.subcommand].checkpoint_minutes)
         config.callbacks += [self.best, last]
-        config.plugins = [*(config.plugins or []), WholeCheckpoints()]
-        if config.logger is None:
-            starts = len(list((self.folder / "csv").glob("*")))  # CSVLogger deletes what an earlier start wrote
-            tensorboard = TensorBoardLogger(self.folder, name="", version="", default_hp_metric=False)
-            kwargs["logger"] = [tensorboard, CSVLogger(self.folder, name="csv", version=starts, flush_logs_every_n_steps=1)]
-        return super().instantiate_trainer(**kwargs)
+        config.plugins.append(WholeCheckpoints())
+        if config.logger is not None:
+            return folder
+        starts = len(list((self.folder / "csv").glob("*")))  # CSVLogger deletes what an earlier start wrote
+        tensorboard = TensorBoardLogger(self.folder, name="", version="", default_hp_metric=False)
+        return folder | {"logger": [tensorboard, CSVLogger(self.folder, name="csv", version=starts, flush_logs_every_n_steps=1)]}
 
     def validate(self, **_: Any) -> None:
         """Evaluate the weights of a checkpoint on the validation images."""

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ..models.checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..models.pyramid import Pyramid
@@ -22,6 +24,7 @@ from ..progress import batches_done, limited
 from ..seeding import Use, reseed, run_seed
 from .addresses import is_address, read_config
 from .checkpointing import versions
+from .processes import FSDP2, shard
 
 
 def create_model(name: str, num_classes: int, pretrained: bool | str = False, **model_args: Any) -> nn.Module:
@@ -114,6 +117,21 @@ class BaseTask(LightningModule):
         if hparams["layer_decay"] is not None and not 0 < hparams["layer_decay"] <= 1:
             raise ValueError(f"layer_decay={hparams['layer_decay']} must be above 0 and at most 1, or left out")
 
+    def configure_model(self) -> None:
+        """Give the weights their precision, and spread them where the strategy is FSDP2; Lightning calls this once processes are joined.
+
+        Raises:
+            ValueError: If it is another `ModelParallelStrategy`.
+        """
+        if self._trainer is None:  # a task loaded from a checkpoint to predict
+            return
+        self.trainer.precision_plugin.convert_module(self)  # before Lightning loads a checkpoint, which would be rounded to what is here
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        if not isinstance(self.trainer.strategy, FSDP2):
+            raise ValueError(f"trainer.strategy={type(self.trainer.strategy).__name__} is not known here: take fsdp2")
+        shard(self.model, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> Any:
         """Timm's optimizer, and its cosine schedule stepped after every update: linear warm-up, then down to `min_lr` at the end."""
         hparams, trainer = self.hparams, self.trainer
@@ -175,10 +193,7 @@ class BaseTask(LightningModule):
         Raises:
             FloatingPointError: If the run is to stop; a file in its folder then holds the batch and the weights.
         """
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        # After DDP's reduction the norm is the same everywhere, so that all processes agree. Half precision's scaler skips by itself.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if not scaled and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+        if not self._finite():
             if self.hparams["on_nonfinite"] == "stop":
                 self._stop()
             optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradients, momentum and decay too
@@ -188,6 +203,16 @@ class BaseTask(LightningModule):
             rank_zero_warn(f"{self._what_happened()}: update left out, the {self.skipped}. of this run")
         self.losses, self.names, self.batch = [], [], None
 
+    def _finite(self) -> bool:
+        """Whether the update is one to make; all processes agree."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            # The scaler itself leaves out gradients that overflowed, and scales the next ones less; it cannot mend a loss.
+            return self.trainer.strategy.reduce_boolean_decision(all(map(math.isfinite, self.losses)))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        return math.isfinite(norm)  # of gradients that the processes have averaged
+
     def _what_happened(self) -> str:
         losses = ", ".join(f"{loss.item():g}" for loss in self.losses)
         return f"train/loss is {losses} and gradients are not finite at epoch {self.current_epoch}, update {self.global_step}"
@@ -195,7 +220,8 @@ class BaseTask(LightningModule):
     def _stop(self) -> None:
         file = Path(self.trainer.default_root_dir) / f"nonfinite_step{self.global_step}_rank{self.global_rank}.pt"
         batch = tuple(self.batch) if isinstance(self.batch, tuple | list) else self.batch
-        dump = dict(batch=batch, names=self.names, losses=self.losses, seed=run_seed(), step=self.global_step, weights=self.state_dict())
+        weights = self.trainer.strategy.lightning_module_state_dict()  # whole, where the processes hold parts of them
+        dump = dict(batch=batch, names=self.names, losses=self.losses, seed=run_seed(), step=self.global_step, weights=weights)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dump, file)
         shown = f"; its images: {', '.join(self.names[:8])}{' ...' if len(self.names) > 8 else ''}" if self.names else ""

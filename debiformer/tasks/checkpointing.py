@@ -12,7 +12,6 @@ import timm
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
 
 from .. import __version__
 
@@ -77,11 +76,22 @@ class LastCheckpoint(Callback):
         self.file, self.seconds = folder / "last.ckpt", 60 * minutes
         self.written = time.monotonic()
 
-    @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove what a run that was killed while writing left."""
-        for file in self.file.parent.glob(f"*{TEMPORARY}"):
-            file.unlink()
+        """Remove what a run that was killed while writing left.
+
+        Raises:
+            FileNotFoundError: If a process does not see the file that the first one sees: each would go on from another place.
+        """
+        here = self.file.is_file()
+        if here != trainer.strategy.broadcast(here):
+            has, others = ("has", "has none") if here else ("has no", "has one")
+            raise FileNotFoundError(
+                f"process {trainer.global_rank} {has} {self.file.absolute()} and the first process {others}: put trainer.default_root_dir "
+                "on a disk that all nodes share"
+            )
+        if trainer.is_global_zero:
+            for file in self.file.parent.glob(f"*{TEMPORARY}"):
+                file.unlink()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write where it is time."""
