@@ -14,8 +14,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from ..data.base import ImageData
 from ..nearest import did_you_mean
-from ..tasks.checkpointing import LastCheckpoint, WholeCheckpoints
+from ..progress import StopAfter
+from ..tasks.checkpointing import TEMPORARY, LastCheckpoint, WholeCheckpoints, verify
 from ..tasks.classification import ClassificationTask
 from ..tasks.prediction import PREPROCESSING, read_hyperparameters, read_run
 from ..tasks.processes import SyncBatchNorms, check, join, started
@@ -27,10 +29,13 @@ USAGE = {
     "test": "debiformer test --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
 }
 FROM_DATA = ("class_names", *PREPROCESSING)  # what the data tells the model
-MAY_CHANGE = {  # between two starts of a run: where and how it runs, not what it computes
+MAY_CHANGE = {  # between two starts of a run: where and how it runs; that batches stay the same, the data module sees to
     "ckpt_path",
+    "data.init_args.batch_size",
+    "data.init_args.max_damaged",
     "data.init_args.num_workers",
-    "data.init_args.root",
+    *(f"data.init_args.{place}" for place in ("path", "root", "train", "train_root", "val", "val_list", "val_root")),
+    "model.on_nonfinite",
     "trainer.accelerator",
     "trainer.default_root_dir",
     "trainer.devices",
@@ -87,7 +92,7 @@ def run(command: str, arguments: list[str]) -> "TrainingCLI":
     Raises:
         ValueError: If --config or --ckpt_path is needed and missing, or the checkpoint does not fit the data.
         FileNotFoundError: If the recipe, the checkpoint or the run to resume does not exist.
-        FileExistsError: If the run exists and is not to be resumed.
+        FileExistsError: If there is something else where the run would be.
     """
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("-c", "--config", action="append", default=[])
@@ -136,9 +141,9 @@ class TrainingCLI(LightningCLI):
             ClassificationTask,
             LightningDataModule,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},  # before_instantiate_classes has made sure of it
+            save_config_callback=None,  # Lightning's writes wherever a logger does; see before_fit
             seed_everything_default=0,
-            trainer_defaults={"default_root_dir": "runs", "use_distributed_sampler": False},  # the samplers know the processes
+            trainer_defaults={"default_root_dir": "runs"},
             parser_kwargs={"prog": "debiformer", **{name: {"usage": usage} for name, usage in USAGE.items()}},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the task's arguments are plain, its checkpoint needs no help
@@ -174,7 +179,6 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.folder = Path(config.trainer.default_root_dir) / config.name
         if self.subcommand != "fit":
-            self.save_config_callback = None
             hparams = read_hyperparameters(Path(config.ckpt_path))
             for name in ("model", "model_args", "drop_path_rate"):
                 config.model[name] = hparams[name]
@@ -183,7 +187,7 @@ class TrainingCLI(LightningCLI):
         if config.weights_only is None:
             config.weights_only = True  # a checkpoint of a run holds nothing that needs code to be read
         last = self.folder / "checkpoints" / "last.ckpt"
-        if last.is_file() and not config.ckpt_path:
+        if last.is_file():  # also where the run began with another checkpoint
             config.ckpt_path = str(last)
         if config.ckpt_path and "averaged" in read_run(Path(config.ckpt_path)):
             raise ValueError(
@@ -222,7 +226,7 @@ class TrainingCLI(LightningCLI):
             told = ", ".join(f"{name} was {then.get(name)} and is {now.get(name)}" for name in changed)
             raise ValueError(
                 f"{self.folder} holds a run with other settings: {told}. Go on with those it began with, or begin another run with --name; "
-                f"to change them for the rest of this one, edit {begun}"
+                f"to change them for the rest of this one, edit {begun} too"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -259,6 +263,11 @@ class TrainingCLI(LightningCLI):
             kwargs |= dict(logger=False, enable_checkpointing=False)
         else:
             kwargs |= self.log_and_save(config)
+        if isinstance(self.config_init[self.subcommand].data, ImageData):
+            kwargs["use_distributed_sampler"] = False  # its samplers know the processes
+        if config.max_steps != -1:
+            config.callbacks.append(StopAfter(config.max_steps))
+            config.max_steps, config.max_epochs = -1, config.max_epochs or -1
         trainer = super().instantiate_trainer(**kwargs)
         check(trainer, config, started())
         return trainer
@@ -277,6 +286,16 @@ class TrainingCLI(LightningCLI):
         tensorboard = TensorBoardLogger(self.folder, name="", version="", default_hp_metric=False)
         return folder | {"logger": [tensorboard, CSVLogger(self.folder, name="csv", version=starts, flush_logs_every_n_steps=1)]}
 
+    @rank_zero_only
+    def before_fit(self) -> None:
+        """Keep the settings, which tell a run's folder from others and the same run from another: whole, and before anything else is there."""
+        config = self.folder / "config.yaml"
+        if not config.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished = config.with_name("config.yaml" + TEMPORARY)
+            unfinished.write_text(yaml.safe_dump(self.settings(), sort_keys=False))
+            unfinished.replace(config)
+
     def validate(self, **_: Any) -> None:
         """Evaluate the weights of a checkpoint on the validation images."""
         self.evaluate("validate")
@@ -292,6 +311,7 @@ class TrainingCLI(LightningCLI):
 
     def load_weights(self, ckpt_path: str) -> None:
         """Take the weights and nothing else: Lightning would restore the callbacks of the training too."""
+        verify(Path(ckpt_path))
         self.model.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
 
     @rank_zero_only

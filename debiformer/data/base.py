@@ -123,7 +123,7 @@ class ImageData(LightningDataModule):
         color_jitter: Strength of changes in brightness, contrast and saturation; unused where `auto_augment` is given.
         auto_augment: A policy in timm's notation, such as rand-m9-mstd0.5-inc1.
         re_prob: Probability of random erasing.
-        max_damaged: Files that may turn out to be damaged before the run stops.
+        max_damaged: Files that may turn out to be damaged, in each process, before the run stops.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -176,6 +176,8 @@ class ImageData(LightningDataModule):
             use_prefetcher=True,  # pixels stay bytes: they are normalised where the model is, a quarter of the traffic
         )
         self.damaged: dict[str, None] = {}  # messages, in the order of their coming
+        self.layout: dict[str, int] = {}  # what the place of an image in the run depends on
+        self.layout_before: dict[str, int] | None = None
 
     def evaluated_at(self, input_size: int | tuple[int, int], crop_pct: float) -> Self:
         """The same images for evaluation at another size and crop; files are not looked for again.
@@ -201,6 +203,24 @@ class ImageData(LightningDataModule):
     def batches_done(self) -> int:
         """Batches that the run has trained on, in all epochs and before any restart."""
         return batches_done(self.trainer) if self.trainer else 0
+
+    def check_layout(self, **layout: int) -> None:
+        """See that a run which goes on has its images laid out in batches as it had before, and that Lightning leaves the loader alone.
+
+        Raises:
+            ValueError: If not: its place among them would be another one.
+        """
+        if self.layout_before is not None and self.layout_before != layout:
+            was, now = (
+                ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in sizes.items()) for sizes in (self.layout_before, layout)
+            )
+            raise ValueError(f"the run cannot go on with these data: when it was cut off there were {was}; here are {now}")
+        if self.trainer:
+            if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+                raise ValueError("the Trainer needs use_distributed_sampler=False: these data share themselves out among the processes")
+            if self.trainer.overfit_batches:  # type: ignore[attr-defined]  # the trainer gets it from a connector
+                raise ValueError("trainer.overfit_batches does not go with these data: take trainer.limit_train_batches")
+        self.layout = layout
 
     def position(self, batches: int) -> tuple[int, int]:
         """The epoch that the run is in, and the batch of it that comes next, where an epoch has so many batches."""
@@ -240,13 +260,13 @@ class ImageData(LightningDataModule):
             images = self.trainer.precision_plugin.convert_input(images)  # for models that are in half precision themselves
         return batch._replace(images=images)
 
-    def state_dict(self) -> dict[str, list[str]]:
-        """What a checkpoint remembers: the damaged files."""
-        return {"damaged": list(self.damaged)}
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint remembers: the damaged files, and what the place in the data depends on."""
+        return {"damaged": list(self.damaged), "layout": self.layout}
 
-    def load_state_dict(self, state_dict: dict[str, list[str]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint remembers."""
-        self.damaged = dict.fromkeys(state_dict["damaged"])
+        self.damaged, self.layout_before = dict.fromkeys(state_dict["damaged"]), state_dict["layout"]
 
 
 class IndexedImages(ImageData, ABC):
@@ -263,7 +283,9 @@ class IndexedImages(ImageData, ABC):
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches, all of one size; after a restart, those that the run had not yet seen."""
         images = self.images("train")
-        sampler = TrainingSampler(len(images), self.batch_size, run_seed(), *self.process())
+        rank, world_size = self.process()
+        sampler = TrainingSampler(len(images), self.batch_size, run_seed(), rank, world_size)
+        self.check_layout(images=len(images), images_per_batch=sampler.batch_size * world_size)
         sampler.go_on(*self.position(sampler.batches))
         return self._loader(images, sampler, training=True)
 

@@ -1,11 +1,12 @@
 """Images in one folder per class, and ImageNet as it is handed out."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from .base import IndexedImages
@@ -15,21 +16,30 @@ SPLITS = ("train", "val", "test")
 
 
 class LabelledFiles:
-    """Image files with their targets."""
+    """Image files with their targets.
 
-    def __init__(self, paths: list[Path], targets: list[int]) -> None:
-        self.paths, self.targets = paths, targets
+    A million `Path`s would take half a gigabyte in every loading process, since counting references copies them; an array is shared.
+    """
+
+    def __init__(self, paths: Sequence[Path], targets: Sequence[int]) -> None:
+        self.names = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self.targets = np.array(targets, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.targets)
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files."""
+        return [Path(os.fsdecode(name)) for name in self.names.tolist()]
 
     def name(self, index: int) -> str:
         """The path."""
-        return str(self.paths[index])
+        return os.fsdecode(self.names[index].item())
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The image and its target; raises `UnreadableImage`."""
-        return read_image(self.paths[index]), self.targets[index]
+        return read_image(self.name(index)), int(self.targets[index])
 
 
 def find_classes(folder: Path) -> list[str]:
@@ -141,4 +151,5 @@ def split_evenly(files: LabelledFiles, class_names: list[str], val_fraction: flo
             raise ValueError(f"{few}; add some, or make folders train and val")
         for index, held_out in zip(members, validates, strict=True):
             chosen["val" if held_out else "train"].append(index)
-    return {split: LabelledFiles([files.paths[i] for i in rows], [files.targets[i] for i in rows]) for split, rows in chosen.items()}
+    paths = files.paths
+    return {split: LabelledFiles([paths[i] for i in rows], files.targets[rows].tolist()) for split, rows in chosen.items()}

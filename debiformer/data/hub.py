@@ -57,6 +57,16 @@ class HuggingFaceImages(IndexedImages):
         if not isinstance(features[label_column], datasets.ClassLabel):
             raise ValueError(f"{path}: column {label_column!r} holds {features[label_column]}, not a ClassLabel")
         self.class_names = list(features[label_column].names)
+        for split in {train_split, val_split, *({test_split} & set(found))}:
+            labels = set(found[split][label_column])
+            odd = labels - set(range(len(self.class_names)))
+            if odd:
+                raise ValueError(
+                    f"{path}, split {split}: labels {', '.join(map(str, odd))} are none of the {len(self.class_names)} classes"
+                )
+            if split == train_split and len(labels) < len(self.class_names):
+                empty = [name for index, name in enumerate(self.class_names) if index not in labels]
+                raise ValueError(f"{path}, split {split}: no images of {', '.join(empty[:5])}")
         self.splits = {split: part.cast_column(image_column, datasets.Image(decode=False)) for split, part in found.items()}
 
     def images(self, split: str) -> "_Rows":

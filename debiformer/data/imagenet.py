@@ -1,5 +1,6 @@
 """ImageNet-1K in the layout that it is handed out in: validation images in one folder, and a list of their labels."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from .base import IndexedImages
 from .folders import LabelledFiles, files_of_classes, find_classes
 from .images import find_images
 
+NUMBERED = re.compile(r"ILSVRC2012_val_(\d+)")  # names of the validation images
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
@@ -88,8 +90,18 @@ def _from_devkit(data: Path, paths: list[Path], class_names: list[str]) -> list[
     numbers = [int(line) for line in truth.read_text().split()]
     if len(numbers) != len(paths):
         raise ValueError(f"{truth} labels {len(numbers)} images, root/val holds {len(paths)}")
+    places = [_number(path, len(numbers)) - 1 for path in paths]
     targets = {name: index for index, name in enumerate(class_names)}
     unknown = sorted({wnids.get(number, str(number)) for number in numbers} - set(targets))
     if unknown:
         raise ValueError(f"{truth} names classes that root/train lacks: {', '.join(unknown[:5])}")
-    return [targets[wnids[number]] for number in numbers]
+    return [targets[wnids[numbers[place]]] for place in places]
+
+
+def _number(path: Path, most: int) -> int:
+    found = NUMBERED.search(path.name)
+    if found is None or not 1 <= int(found[1]) <= most:
+        raise ValueError(
+            f"{path} has no number from 1 to {most} in its name, like ILSVRC2012_val_00000001.JPEG: the devkit's labels go by it"
+        )
+    return int(found[1])

@@ -1,14 +1,12 @@
 """What was labelled anew for ImageNet-1K: the validation images (ReaL), and new images of the same classes (V2)."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from .base import IndexedImages
 from .folders import LabelledFiles, files_of_classes, find_classes
-
-NUMBERED = re.compile(r"ILSVRC2012_val_(\d+)")
+from .imagenet import NUMBERED
 
 
 class RealLabels:

@@ -1,6 +1,7 @@
 """Images in tar shards, as WebDataset writes them: read from end to end, local or remote, in an order that seed and epoch settle."""
 
 import io
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..seeding import Use, reseed, run_seed, seed_from
 from .base import ImageData, ResumableLoader, Sample, blank
 from .images import SUFFIXES, UnreadableImage, decode_image
 
+PAUSES = (0, 1, 5, 30)  # seconds before each attempt to open a shard
 Raw = dict[str, Any]  # of one image: its files by suffix, and __key__ and __url__
 
 
@@ -73,12 +75,18 @@ class TarShards(ImageData):
         if len(self.shards["train"]) < readers:
             few = f"{len(self.shards['train'])} shards cannot be spread over {readers} processes that load"
             raise ValueError(f"{few}: lower data.num_workers, or make more shards")
+        sizes = dict(images=self.counts["train"], images_per_batch=self.batch_size * world_size)
+        self.check_layout(**sizes, shards=len(self.shards["train"]), processes=world_size, loading_processes_of_each=self.num_workers)
         position = self.position(batches)
         return self._loader(TrainingStream(self, batches, position, rank, world_size))
 
     def val_dataloader(self) -> DataLoader:
         """All validation images."""
         return self._loader(EvaluationStream(self, *self.process()))
+
+    def test_dataloader(self) -> DataLoader:
+        """Raises a ValueError: there are none."""
+        raise ValueError("tar shards are to train and to validate on: give data.val the shards to test on, and run validate")
 
     def _loader(self, stream: "Stream") -> DataLoader:
         return ResumableLoader(stream, self.batch_size, **self.loader_options())
@@ -94,14 +102,34 @@ class Stream(IterableDataset[Sample]):
         self.workers = max(data.num_workers, 1)
 
     def read(self, urls: list[str], damaged: list[str]) -> Iterator[Raw]:
-        """The raw images of shards, one after the other; what cannot be read of a shard is passed over, with a message in `damaged`."""
+        """The raw images of shards, one after the other; what cannot be read of a shard is passed over, with a message in `damaged`.
+
+        Raises:
+            OSError: If nothing can be read of a shard, after some attempts: it is not there, or the network is down.
+        """
+        for url in urls:
+            yield from self._read_shard(url, damaged)
+
+    def _read_shard(self, url: str, damaged: list[str]) -> Iterator[Raw]:
         from webdataset.tariterators import tarfile_samples
 
+        errors: list[str] = []
+
         def note(error: Exception) -> bool:
-            damaged.append(" ".join(map(str, error.args)))
+            errors.append(" ".join(map(str, error.args)))
             return True
 
-        return tarfile_samples(({"url": url} for url in urls), handler=note)
+        for pause in PAUSES:
+            time.sleep(pause)
+            errors.clear()
+            found = False
+            for raw in tarfile_samples([{"url": url}], handler=note):
+                found = True
+                yield raw
+            if found or not errors:
+                damaged += errors
+                return
+        raise OSError(f"shard {url} cannot be opened, in {len(PAUSES)} attempts: {errors[-1]}")
 
     def decode(self, raw: Raw) -> tuple[Image.Image, int]:
         """Image and target; raises UnreadableImage, and a ValueError for a target that is no class."""
@@ -123,8 +151,9 @@ def name_of(raw: Raw) -> str:
 class TrainingStream(Stream):
     """Images for one process of a run, epoch after epoch: each pass is the next one.
 
-    Batch b of an epoch comes from loading process b modulo their number, whose shards and whose blocks depend on seed and epoch alone. A
-    place in the stream is one image of the shards; where it cannot be read, the next that can stands in.
+    Batch b of an epoch comes from loading process b modulo their number, whose shards and whose blocks depend on seed, epoch and that
+    number. A place in the stream is one image of the shards; where it cannot be read, the next that can stands in. A run that goes on
+    in mid-epoch reads the shards of that epoch from their beginning, without decoding what it has seen.
     """
 
     def __init__(self, data: TarShards, batches: int, position: tuple[int, int], rank: int, world_size: int) -> None:

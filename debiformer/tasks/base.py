@@ -16,11 +16,12 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DistributedSampler
 
 from ..models.checkpoints import checkpoint_filter_fn, read_checkpoint
 from ..models.pyramid import Pyramid
 from ..nearest import did_you_mean
-from ..progress import batches_done, limited
+from ..progress import StopAfter, batches_done, limited
 from ..seeding import Use, reseed, run_seed
 from .addresses import is_address, read_config
 from .checkpointing import versions
@@ -221,7 +222,15 @@ class BaseTask(LightningModule):
         file = Path(self.trainer.default_root_dir) / f"nonfinite_step{self.global_step}_rank{self.global_rank}.pt"
         batch = tuple(self.batch) if isinstance(self.batch, tuple | list) else self.batch
         weights = self.trainer.strategy.lightning_module_state_dict()  # whole, where the processes hold parts of them
-        dump = dict(batch=batch, names=self.names, losses=self.losses, seed=run_seed(), step=self.global_step, weights=weights)
+        dump = dict(
+            batch=batch,  # the last that went into the update, as the model saw it
+            names=self.names,
+            losses=self.losses,
+            seed=run_seed(),
+            step=self.global_step,
+            batches_done=batches_done(self.trainer),
+            weights=weights,
+        )
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dump, file)
         shown = f"; its images: {', '.join(self.names[:8])}{' ...' if len(self.names) > 8 else ''}" if self.names else ""
@@ -248,9 +257,15 @@ def run_length(trainer: Trainer) -> tuple[int, int]:
     Raises:
         ValueError: If the run has no end.
     """
-    batches = limited(len(trainer.fit_loop._data_source.dataloader()), trainer.limit_train_batches)
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    ends = [trainer.max_steps] if trainer.max_steps != -1 else []
+    loader = trainer.fit_loop._data_source.dataloader()
+    batches = len(loader)
+    if trainer._accelerator_connector.use_distributed_sampler and not isinstance(loader.sampler, DistributedSampler):
+        batches = math.ceil(batches / trainer.world_size)  # Lightning will share the images out
+    per_epoch = math.ceil(limited(batches, trainer.limit_train_batches) / trainer.accumulate_grad_batches)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer gets it from a connector
+    ends = [callback.updates for callback in callbacks if isinstance(callback, StopAfter)]
+    if trainer.max_steps != -1:
+        ends.append(trainer.max_steps)
     if trainer.max_epochs is not None and trainer.max_epochs != -1:
         ends.append(trainer.max_epochs * per_epoch)
     if not ends:

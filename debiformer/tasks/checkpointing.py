@@ -2,16 +2,21 @@
 
 import os
 import platform
+import signal
+import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import timm
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 
 from .. import __version__
 
@@ -61,20 +66,22 @@ def verify(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"checkpoint {file} is damaged: {error}; take another, such as best.ckpt beside it") from error
+        raise ValueError(f"checkpoint {file} is damaged: {error}; remove it and take another, such as best.ckpt beside it") from error
     if damaged is not None:
-        raise ValueError(f"checkpoint {file} is damaged in {damaged}; take another, such as best.ckpt beside it")
+        raise ValueError(f"checkpoint {file} is damaged in {damaged}; remove it and take another, such as best.ckpt beside it")
 
 
-class LastCheckpoint(Callback):
-    """Keeps `folder/last.ckpt`: after every epoch, every `minutes` in between, and when the system asks the run to end.
+class LastCheckpoint(Checkpoint):
+    """Keeps `folder/last.ckpt`: after every epoch, every `minutes` in between, and when SIGTERM asks the run to end.
 
-    It is written between two updates, with no gradient pending, so that the run goes on from it as if it had never stopped.
+    It is written between two updates, with no gradient pending, and after the validation that is due, so that the run goes on from it as
+    if it had never stopped. A run that was asked to end does so there, with exit code 143.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self.file, self.seconds = folder / "last.ckpt", 60 * minutes
         self.written = time.monotonic()
+        self.asked_to_end = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove what a run that was killed while writing left.
@@ -93,18 +100,50 @@ class LastCheckpoint(Callback):
             for file in self.file.parent.glob(f"*{TEMPORARY}"):
                 file.unlink()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen for SIGTERM: Lightning's own answer is to stop after the batch, wherever in an update that is."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, partial(self._ask_to_end, trainer))
+
+    def _ask_to_end(self, trainer: Trainer, signum: int, frame: Any) -> None:
+        if not self.asked_to_end and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signum)  # processes that this one started
+        self.asked_to_end = True
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write where it is time."""
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.fit_loop._should_accumulate():
-            return
-        due = trainer.received_sigterm or time.monotonic() - self.written >= self.seconds
-        if trainer.strategy.broadcast(due):  # all processes take part in writing, by the clock of the first
-            self._write(trainer)
+        """Write where it is time, unless validation comes first."""
+        loop = trainer.fit_loop.epoch_loop
+        validates = loop._should_check_val_fx(cast(Any, trainer.fit_loop._data_fetcher))
+        if not (loop.batch_progress.is_last_batch or loop._should_accumulate() or validates):
+            self._write_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write where it is time, in mid-epoch."""
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.state.fn == "fit" and not (trainer.sanity_checking or loop.batch_progress.is_last_batch or loop._should_accumulate()):
+            self._write_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write; validation is over by now."""
         self._write(trainer)
+        self._end_if(bool(self._most(trainer, self.asked_to_end)))
+
+    def _write_if_due(self, trainer: Trainer) -> None:
+        late = trainer.is_global_zero and time.monotonic() - self.written >= self.seconds  # by the clock of the first process
+        reason = self._most(trainer, 2 if self.asked_to_end else int(late))
+        if reason:
+            self._write(trainer)
+            self._end_if(reason == 2)
+
+    def _most(self, trainer: Trainer, value: int) -> int:
+        """The largest value of all processes, which take part in writing together."""
+        return int(trainer.strategy.reduce(torch.tensor(value, device=trainer.strategy.root_device), reduce_op="max"))
 
     def _write(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.file)
         self.written = time.monotonic()
+
+    def _end_if(self, asked: bool) -> None:
+        if asked:
+            rank_zero_info(f"asked to end: {self.file} is written, and the same command goes on from it")
+            raise SystemExit(128 + signal.SIGTERM)

@@ -107,6 +107,7 @@ class ClassificationTask(BaseTask):
             self.hparams.update(by_name(self.model, model, drop_path_rate))
         if freeze_backbone:
             self.model.requires_grad_(False)
+            cast(Any, self.model).reset_classifier(num_classes)  # which may be a trained one
             cast(Any, self.model).get_classifier().requires_grad_(True)
         if grad_checkpointing:
             cast(Any, self.model).set_grad_checkpointing(True)
@@ -147,8 +148,9 @@ class ClassificationTask(BaseTask):
         """Images (B, 3, H, W) to logits (B, classes)."""
         return self.model(images)
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Leave a frozen backbone as it is in evaluation: its norms and its stochastic depth too."""
+        super().on_train_batch_start(batch, batch_idx)
         if self.hparams["freeze_backbone"]:
             self.model.eval()
 

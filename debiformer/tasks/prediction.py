@@ -10,6 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .addresses import address_of, read_config
+from .checkpointing import verify
 from .classification import ClassificationTask
 
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")
@@ -43,6 +44,10 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen kinds for a file of another format
+        with checkpoint.open("rb") as file:
+            begins_as_one = file.read(2) == b"PK"
+        if begins_as_one:
+            verify(checkpoint)
         raise ValueError(f"checkpoint {checkpoint} is not a torch checkpoint: {remedy}") from error
     hparams = saved.get("hyper_parameters", {}) if isinstance(saved, dict) else {}
     lacking = [name for name in ("model", "class_names", *PREPROCESSING) if name not in hparams]
@@ -71,6 +76,7 @@ def load_classifier(source: str | Path, device: str | torch.device = "cpu") -> C
     address = address_of(source)
     if address is None:
         read_run(Path(source))
+        verify(Path(source))
         task = ClassificationTask.load_from_checkpoint(source, map_location=device, weights_only=True)
     else:
         cfg = read_config(address).pretrained_cfg
