@@ -119,9 +119,11 @@ class TestFit:
         assert Path("runs/small/checkpoints/last.ckpt").read_bytes() == before
 
     def test_a_run_goes_on_with_the_settings_it_began_with_or_not_at_all(self, inside, capsys):
-        changed = ["--model.lr", "0.5", "--data.batch_size", "4", "--data.num_workers", "1"]  # the last is of no consequence
+        changed = ["--model.lr", "0.5", "--data.crop_pct", "0.9", "--data.num_workers", "1"]  # the last is of no consequence
         assert main(["fit", "--config", "small.yaml", "--data.root", "data", *changed]) == 2
-        told = "runs/small holds a run with other settings: data.init_args.batch_size was 5 and is 4, model.lr was 0.002 and is 0.5. Go on"
+        told = (
+            "runs/small holds a run with other settings: data.init_args.crop_pct was 0.875 and is 0.9, model.lr was 0.002 and is 0.5. Go on"
+        )
         assert told in capsys.readouterr().err
 
     def test_a_killed_run_goes_on_with_the_same_command(self, inside):
@@ -160,8 +162,12 @@ class TestFit:
         last.write_bytes(content)
         command = ["fit", "--config", "small.yaml", "--data.root", "data", "--name", "damaged", "--trainer.default_root_dir", str(tmp_path)]
         (tmp_path / "damaged/config.yaml").write_text(Path("runs/small/config.yaml").read_text().replace("name: small", "name: damaged"))
+        for line in (command, ["validate", "--ckpt_path", str(last)], ["predict", "--checkpoint", str(last), "data"]):
+            assert main(line) == 2
+            assert f"checkpoint {last} is damaged in archive/data/" in capsys.readouterr().err
+        last.write_bytes(content[:-1000])
         assert main(command) == 2
-        assert f"checkpoint {last} is damaged in archive/data/" in capsys.readouterr().err
+        assert f"checkpoint {last} is damaged: " in capsys.readouterr().err
 
     def test_a_folder_of_something_else_is_left_alone(self, inside, capsys):
         Path("runs/thesis").mkdir()

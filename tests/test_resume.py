@@ -182,9 +182,10 @@ class TestCutOff:
             monkeypatch.chdir(folders[name])
             Path("small.yaml").write_text(SMALL)
             if name == "cut":
-                with monkeypatch.context() as patch, pytest.raises(Cut):
+                with monkeypatch.context() as patch:
                     cut_after(writes, patch)
-                    run("fit", line)
+                    with pytest.raises(Cut):
+                        run("fit", line)
             run("fit", line)
         found, expected = ended(folders["cut"]), ended(folders["whole"])
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
@@ -201,9 +202,10 @@ class TestCutOff:
             monkeypatch.chdir(folder)
             Path("small.yaml").write_text(SMALL)
             if name == "asked":
-                with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+                with monkeypatch.context() as patch:
                     ask_to_end_in_the_second_epoch(patch)
-                    run("fit", line)
+                    with pytest.raises(SystemExit) as stop:
+                        run("fit", line)
                 assert stop.value.code == 143
                 assert (ended(folder)["epoch"], ended(folder)["global_step"]) == (1, 3)  # two updates in the first epoch, one in this
             run("fit", line)

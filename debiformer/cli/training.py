@@ -288,7 +288,7 @@ class TrainingCLI(LightningCLI):
 
     @rank_zero_only
     def before_fit(self) -> None:
-        """Keep the settings, which tell a run's folder from others and the same run from another: whole, and before anything else is there."""
+        """Keep the settings, which tell a run from another and from anything else: whole, and before other files are there."""
         config = self.folder / "config.yaml"
         if not config.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from lightning import LightningDataModule, Trainer
 from PIL import Image
 
 from debiformer.data.folders import ImageFolders
+from debiformer.tasks.classification import ClassificationTask
 
 
 def on_the_way_to_the_model(data, batch):
@@ -159,3 +160,23 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refusing)  # the tests may run as root, whom nothing is refused
     with pytest.raises(PermissionError, match=r"train/ant cannot be read by this user: Permission denied"):
         ImageFolders(root)
+
+
+@pytest.mark.filterwarnings("ignore")
+class TestWithATrainer:
+    """What these data and Lightning's trainer must not both do."""
+
+    def fit(self, tmp_path, **options):
+        data = ImageFolders(make_folders(tmp_path, {"ant": 3, "bee": 3}), input_size=32, batch_size=2, num_workers=0)
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet, **options)
+        trainer.fit(ClassificationTask("test_convnext", ["ant", "bee"]), datamodule=data)
+
+    def test_overfitting_on_some_batches(self, tmp_path):
+        with pytest.raises(ValueError, match=r"overfit_batches does not go with these data: take trainer.limit_train_batches"):
+            self.fit(tmp_path, overfit_batches=2)
+
+    def test_sharing_out_twice(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Trainer, "world_size", 2)
+        with pytest.raises(ValueError, match="the Trainer needs use_distributed_sampler=False"):
+            self.fit(tmp_path)

@@ -5,12 +5,14 @@ import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from debiformer.data import shards
 from debiformer.data.hub import HuggingFaceImages, TimmImages
 from debiformer.data.imagenet import ImageNet
 from debiformer.data.shards import TarShards
@@ -71,6 +73,15 @@ class TestImageNet:
         data = ImageNet(root, folder.parent, **OPTIONS)
         assert torch.cat([batch.targets for batch in data.val_dataloader()]).tolist() == [1, 0, 1]
 
+        (root / "val" / "z").mkdir()  # an image that comes first by number and last by path
+        (root / "val" / "ILSVRC2012_val_00000002.JPEG").rename(root / "val" / "z" / "ILSVRC2012_val_00000002.JPEG")
+        batches = list(ImageNet(root, folder.parent, **OPTIONS).val_dataloader())
+        found = {Path(name).stem[-1]: target for batch in batches for name, target in zip(batch.names, batch.targets.tolist(), strict=True)}
+        assert found == {"1": 1, "2": 0, "3": 1}
+        (root / "val" / "ILSVRC2012_val_00000003.JPEG").rename(root / "val" / "cat.JPEG")
+        with pytest.raises(ValueError, match=r"cat.JPEG has no number from 1 to 3 in its name"):
+            ImageNet(root, folder.parent, **OPTIONS)
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
@@ -110,6 +121,18 @@ class TestHuggingFace:
     def test_names_that_it_lacks(self, saved, wrong):
         with pytest.raises(ValueError, match=next(iter(wrong.values()))):
             HuggingFaceImages(saved, **wrong, **OPTIONS)
+
+    @pytest.mark.parametrize(
+        ("labels", "message"),
+        [([0, 1, -1], "labels -1 are none of the 2 classes"), ([0, None, 1], "labels None"), ([0, 0, 0], "split train: no images of bee")],
+    )
+    def test_labels_that_will_not_do(self, tmp_path, labels, message):
+        datasets = pytest.importorskip("datasets")
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ant", "bee"]))
+        part = datasets.Dataset.from_dict({"image": [picture(i) for i in range(3)], "label": labels}, features)
+        datasets.DatasetDict(train=part, validation=part).save_to_disk(tmp_path / "saved")
+        with pytest.raises(ValueError, match=message):
+            HuggingFaceImages(str(tmp_path / "saved"), **OPTIONS)
 
 
 def write_tar(path, files):
@@ -220,7 +243,23 @@ class TestShards:
         assert "train-0.tar: 0002: not an image" in messages
         assert "train-1.tar" in messages
 
+    def test_a_shard_that_is_not_there_stops_the_run(self, folder, monkeypatch):
+        """More than a damaged image: it may be the network, and thousands of images would be left out."""
+        monkeypatch.setattr(shards, "PAUSES", (0, 0))
+        data = self.open(folder)
+        (folder / "train-1.tar").unlink()
+        with pytest.raises(OSError, match=r"train-1.tar cannot be opened, in 2 attempts: .*No such file"):
+            list(data.train_dataloader())
+
+    def test_a_shard_is_tried_again(self, folder, monkeypatch):
+        data, shard = self.open(folder), folder / "train-1.tar"
+        hidden = shard.rename(folder / "hidden")
+        monkeypatch.setattr(shards.time, "sleep", lambda seconds: seconds and hidden.exists() and hidden.rename(shard))
+        assert sorted(numbers(data.train_dataloader())) == list(range(24))
+
     def test_what_will_not_do(self, folder):
+        with pytest.raises(ValueError, match=r"give data.val the shards to test on"):
+            self.open(folder).test_dataloader()
         with pytest.raises(FileNotFoundError, match=r"train: no such shard: .*train-4\.tar"):
             self.open(folder, train=f"{folder}/train-{{0..4}}.tar")
         with pytest.raises(ValueError, match="4 shards cannot be spread over 5 processes"):
