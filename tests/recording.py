@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Recorder(Callback):
-    """For each process, in `folder`: what its model is, the images of each batch, gradients of each update, scores, weights.
+    """For each process, in `folder`: how many weights it holds, the images of each batch, gradients of each update, scores, weights.
 
     Args:
         folder: Where to.
@@ -26,9 +26,7 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer, pl_module):
         held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in pl_module.parameters())
-        self.write(
-            "model", trainer, {"held": held, "norms": sorted({type(m).__name__ for m in pl_module.modules() if "Norm" in type(m).__name__})}
-        )
+        self.write("held", trainer, held)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -33,3 +33,18 @@ def test_gpu_benchmark_on_a_toy():
     assert run.returncode == 0, run.stderr
     for part in ("correctness", "ops", "models", "largest-batch"):
         assert part in run.stdout
+
+
+def test_hours_by_hand(monkeypatch):
+    """300 epochs of ImageNet at 8 x 1000 x 0.9 images a second."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from hours import predict
+
+    from debiformer.cli.training import known_recipes
+
+    found = predict(known_recipes()["imagenet1k/debiformer_tiny"], speed=1000.0, devices=8, efficiency=0.9)
+    assert found["images/s"] == 7200
+    assert found["hours"] == pytest.approx(300 * 1281167 / 7200 / 3600, abs=0.05)
+    assert found["updates/s"] == pytest.approx(7200 / 1024, abs=1e-4)
+    assert (found["gradient MB"], found["on the wire MB"]) == (86.0, 150.5)  # of 21,495,598 parameters
+    assert found["data MB/s"] == 792

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..progress import StopAfter
 from ..tasks.checkpointing import TEMPORARY, LastCheckpoint, WholeCheckpoints, verify
 from ..tasks.classification import ClassificationTask
 from ..tasks.prediction import PREPROCESSING, read_hyperparameters, read_run
-from ..tasks.processes import SyncBatchNorms, check, join, started
+from ..tasks.processes import check, prepare, started
 from .evaluation import add_arguments, report
 
 USAGE = {
@@ -137,6 +138,8 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, line: list[str], run_name: str | None) -> None:
         self.line, self.run_name = line, run_name
+        # It means models that fsdp2 spreads, which are refused a running mean.
+        warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
         super().__init__(
             ClassificationTask,
             LightningDataModule,
@@ -255,9 +258,7 @@ class TrainingCLI(LightningCLI):
             config[name] = list(given) if isinstance(given, list) else [given]
         if config.enable_progress_bar is not False and not any(isinstance(c, RichProgressBar) for c in config.callbacks):
             config.callbacks.append(ProgressBar(leave=True))
-        if config.sync_batchnorm:
-            config.plugins.append(SyncBatchNorms())
-        join(started(), config)
+        prepare(config, started())
         if self.subcommand != "fit":
             config.callbacks = [c for c in config.callbacks if not isinstance(c, Checkpoint)]  # nothing is saved here
             kwargs |= dict(logger=False, enable_checkpointing=False)

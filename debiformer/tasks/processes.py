@@ -37,8 +37,10 @@ def started() -> Started | None:
     return None
 
 
-def join(launch: Started | None, settings: Any) -> None:
-    """Give a trainer's settings the devices and nodes that a launcher started processes for, unless they say how many."""
+def prepare(settings: Any, launch: Started | None) -> None:
+    """Complete a trainer's settings: synchronised norms as ours, and devices and nodes as launched, unless they say how many."""
+    if settings.sync_batchnorm:
+        settings.plugins.append(SyncBatchNorms())
     if launch is None:
         return
     if (settings.devices, settings.num_nodes) == ("auto", 1):
@@ -57,8 +59,8 @@ def check(trainer: Trainer, settings: Any, launch: Started | None) -> None:
     spread = (trainer.num_devices, trainer.num_nodes)
     if str(settings.precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
         raise ValueError(f"trainer.precision={settings.precision} needs a GPU; on a CPU take bf16-mixed")
-    if settings.sync_batchnorm and isinstance(trainer.accelerator, CPUAccelerator) and spread != (1, 1):
-        raise ValueError("trainer.sync_batchnorm needs GPUs: PyTorch's synchronised norms do not run on a CPU")
+    if settings.sync_batchnorm and isinstance(trainer.accelerator, CPUAccelerator):
+        raise ValueError("trainer.sync_batchnorm=true needs GPUs: PyTorch's synchronised norms do not run on a CPU")
     if launch and spread != (launch.devices, launch.num_nodes):
         raise ValueError(
             f"{launch.launcher} started {launch.devices} processes on each of {launch.num_nodes} nodes, which do not go with "

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from debiformer.tasks.checkpointing import LastCheckpoint
 from debiformer.tasks.classification import ClassificationTask
-from debiformer.tasks.processes import FSDP2, Started, SyncBatchNorms, check, join, started
+from debiformer.tasks.processes import FSDP2, Started, check, prepare, started
 
 QUIET = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
@@ -36,13 +36,13 @@ class TestLaunchers:
         launch = started()
         assert launch == Started("srun", devices=2, num_nodes=3)
         given = settings()
-        join(launch, given)
+        prepare(given, launch)
         assert (given.devices, given.num_nodes) == (2, 3)
         assert not given.plugins[0].auto_requeue
 
     def test_what_was_asked_for_is_kept(self):
         given = settings(devices=2)
-        join(Started("torchrun", 4, 1), given)
+        prepare(given, Started("torchrun", 4, 1))
         assert (given.devices, given.num_nodes) == (2, 1)
 
     def test_processes_without_work_are_refused(self):
@@ -89,13 +89,23 @@ def test_nodes_that_do_not_share_a_disk(tmp_path):
         LastCheckpoint(tmp_path, minutes=1).setup(alone, None, "fit")
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "debiformer_nano"])
-def test_synchronised_norms_do_the_same_in_evaluation(name):
-    model = timm.create_model(name, num_classes=3)
-    model(torch.randn(4, 3, 64, 64))  # statistics worth keeping
-    images = torch.randn(2, 3, 64, 64)
-    expected = model.eval()(images)
-    synchronised = SyncBatchNorms().apply(model)
-    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in synchronised.modules())
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in synchronised.modules())
-    torch.testing.assert_close(synchronised(images), expected)
+class TestSynchronisedNorms:
+    @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "debiformer_nano"])
+    @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+    def test_the_option_converts_every_norm_and_keeps_what_it_does(self, name, strategy):
+        """In evaluation; PyTorch has no training with them on a CPU."""
+        given = settings(sync_batchnorm=True)
+        prepare(given, None)
+        trainer = Trainer(**QUIET, strategy=strategy, devices=2, sync_batchnorm=True, plugins=given.plugins)
+        model = timm.create_model(name, num_classes=3)
+        model(torch.randn(4, 3, 64, 64))  # statistics worth keeping
+        images = torch.randn(2, 3, 64, 64)
+        expected = model.eval()(images)
+        synchronised = trainer.strategy._layer_sync.apply(model)
+        assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in synchronised.modules())
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in synchronised.modules())
+        torch.testing.assert_close(synchronised(images), expected)
+
+    def test_a_cpu_is_refused(self):
+        with pytest.raises(ValueError, match=r"trainer.sync_batchnorm=true needs GPUs"):
+            check(Trainer(**QUIET, devices=2), settings(sync_batchnorm=True), None)
