@@ -4,7 +4,6 @@ import json
 import sys
 import tempfile
 from datetime import UTC, datetime
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from math import isfinite
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torchmetrics
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -20,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from .. import __version__
 from ..data.base import ImageData, IndexedImages
 from ..data.imagenet_labels import ImageNetV2, RealLabels
+from ..tasks.checkpointing import versions
 from ..tasks.classification import ClassificationTask, ClassScore
-from ..tasks.evaluation import RealAccuracy, Scores, evaluate, model_at
+from ..tasks.evaluation import RealAccuracy, Scores, evaluate, evaluation_folder, model_at
 from ..tasks.prediction import PREPROCESSING, read_hyperparameters
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Job(NamedTuple):
             "checkpoint": str(self.checkpoint),
             "model": self.task.hparams["model"],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {"debiformer": __version__, **{name: version(name) for name in ("torch", "timm", "lightning", "torchmetrics")}},
+            "versions": versions() | {"torchmetrics": torchmetrics.__version__},
             "device": device_name(self.trainer.strategy.root_device),
             "processes": self.trainer.world_size,
             "precision": self.trainer.precision,
@@ -98,7 +98,7 @@ def report(trainer: Trainer, task: ClassificationTask, data: LightningDataModule
         ValueError: If options, data and checkpoint do not fit.
     """
     checkpoint = Path(options.ckpt_path)
-    job = Job(trainer, task, data, command, checkpoint, Path(options.output or default_folder(checkpoint, command)))
+    job = Job(trainer, task, data, command, checkpoint, Path(options.output or evaluation_folder(checkpoint) / command))
     real, v2 = options.get("real"), options.get("v2")
     sizes, crops = options.sweep.input_size, options.sweep.crop_pct
     if (sizes or crops) and (real or v2):
@@ -190,12 +190,6 @@ def v2_images(folder: str, data: ImageData) -> ImageNetV2:
     """ImageNet-V2, prepared and loaded as a data module does with its own images."""
     options = {name: getattr(data, name) for name in ("batch_size", "num_workers", "max_damaged", *PREPROCESSING)}
     return ImageNetV2(folder, data.class_names, **options)
-
-
-def default_folder(checkpoint: Path, command: str) -> Path:
-    """RUN/evaluation/COMMAND for a checkpoint of a run, the same beside a checkpoint that is alone."""
-    run = checkpoint.parent.parent
-    return (run if (run / "config.yaml").is_file() else checkpoint.parent) / "evaluation" / command
 
 
 def check_folder(folder: Path) -> None:

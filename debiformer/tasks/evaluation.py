@@ -2,6 +2,7 @@
 
 import time
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..data.imagenet_labels import RealLabels
 from .classification import ClassificationTask, ClassScore
 
-PREFIXES = {"validate": "val", "test": "test"}  # of the metrics that a trainer's method logs
+SPLITS = {"validate": "val", "test": "test"}  # of the data, and prefixes of metrics, by command
 
 
 class Scores(NamedTuple):
@@ -78,6 +79,12 @@ class Stopwatch(Callback):
         self.forward += finished(module.device) - self.entered
 
 
+def evaluation_folder(checkpoint: Path) -> Path:
+    """Where evaluations of a checkpoint are written: `evaluation` in its run, or beside a checkpoint that is alone."""
+    run = checkpoint.parent.parent
+    return (run if (run / "config.yaml").is_file() else checkpoint.parent) / "evaluation"
+
+
 def finished(device: torch.device) -> float:
     """The time, in seconds, at which the device has done what it was given."""
     if device.type != "cpu":
@@ -138,7 +145,7 @@ def evaluate(trainer: Trainer, task: ClassificationTask, data: LightningDataModu
         (found,) = getattr(trainer, command)(task, datamodule=data, verbose=False)
     finally:
         del called[-len(more) :]
-    prefix = PREFIXES[command]
+    prefix = SPLITS[command]
     assert task.confusion_matrix is not None
     scores = Scores(
         top1=found[f"{prefix}/acc"],

@@ -23,11 +23,11 @@ from ..models import PRESETS
 from .addresses import FOLDER, HUB
 from .checkpointing import versions
 from .classification import ClassificationTask
+from .evaluation import SPLITS, evaluation_folder
 from .prediction import PREPROCESSING
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 ABSOLUTE_PATH = re.compile(r"(?:(?<=^)|(?<=[\s'\",=])|(?<=local-dir:)|(?<=file://))/(?:[^/\s'\",]*/)*(?=[^/])")
-SPLITS = {"validate": "val", "test": "test"}  # of the data, by command
 SCORES = {"top1": "acc", "top5": "acc_top5", "balanced_accuracy": "balanced_acc", "ece": "ece", "loss": "loss"}  # as training logs them
 LATER_LABELS = {"real": "ReaL", "v2": "ImageNet-V2"}
 PAPERS = {
@@ -108,8 +108,7 @@ def known_metrics(checkpoint: Path, run: Mapping[str, Any], data: Mapping[str, A
         for path, score in (kept.get("best_k_models") or {}).items() if isinstance(kept, Mapping) else ():
             if Path(path).name == checkpoint.name:
                 found[kept["monitor"]] = Metric(kept["monitor"], float(score), "during training")
-    beside = checkpoint.parent.parent if (checkpoint.parent.parent / "config.yaml").is_file() else checkpoint.parent
-    for file in sorted(beside.glob("evaluation/*/metrics.json")):
+    for file in sorted(evaluation_folder(checkpoint).glob("*/metrics.json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             if Path(record["checkpoint"]).name != checkpoint.name:
