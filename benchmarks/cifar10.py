@@ -9,6 +9,7 @@ was cut off when the same command is given again. Prints the table, draws result
 import argparse
 import csv
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from debiformer.cli.training import run
 from debiformer.models.biformer import BiFormer, create, stages
 
+FIGURE = RESULTS / "cifar10.png"
+PAGES = Path(__file__).parents[1] / "docs" / "images"
 SIZE = 64
 LONG = 20  # epochs from which the recipe's augmentation is kept
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # name in the figure: timm's name, arguments, colour of Okabe and Ito's palette
@@ -118,14 +121,15 @@ def plot(rows: list[dict[str, Any]]) -> Path:
             epochs = [row["epochs"] * step / steps[-1] for step in steps]
             axes.plot(epochs, [100 * a for a in accuracies], color=MODELS[name][2], marker="o", markersize=4)
         height = max(100 * end, height + 1.3)  # labels that do not touch
-        axes.annotate(
-            f"{name} {100 * end:.1f}", (rows[0]["epochs"], height), (8, 0), None, "offset points", color=MODELS[name][2], va="center"
-        )
-    axes.set(
-        xlabel="epochs", ylabel="accuracy on the test images, %", title=f"CIFAR-10 at {SIZE} pixels, models of 1.4 to 1.8 M parameters"
-    )
-    figure.savefig(RESULTS / "cifar10.png", dpi=110)
-    return RESULTS / "cifar10.png"
+        label = f"{name} {100 * end:.1f}"
+        where = dict(xytext=(8, 0), textcoords="offset points", va="center")
+        axes.annotate(label, (rows[0]["epochs"], height), color=MODELS[name][2], **where)
+    sizes = [row["params_m"] for row in rows]
+    title = f"CIFAR-10 at {SIZE} pixels, models of {min(sizes):.1f} to {max(sizes):.1f} M parameters"
+    axes.set(xlabel="epochs", ylabel="accuracy on the test images, %", title=title)
+    figure.savefig(FIGURE, dpi=110)
+    shutil.copy(FIGURE, PAGES)
+    return FIGURE
 
 
 def main() -> None:
