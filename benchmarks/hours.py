@@ -3,15 +3,16 @@
 Without speeds it takes those that models.py --only training measured on a CPU. On a GPU, measure first and hand over what comes out:
 
     debiformer bench debiformer_small --train --device cuda --batch-size 128 --dtype bfloat16
-    python benchmarks/hours.py --device "8 x H100" --devices 8 --images-per-second debiformer_small=1234
+    python benchmarks/hours.py --device H100 --devices 8 --images-per-second debiformer_small=1234
 
 The model: images/s = devices x images/s of one x efficiency; hours = epochs x 1,281,167 / images/s / 3600. Each update averages the
 gradients, 4 bytes for each parameter, of which a ring all-reduce over n devices sends 2 (n - 1) / n from each. Data come at images/s x 110
-kB, the mean of ImageNet's training files.
+kB, the mean of ImageNet's training files, and take as many cores to read as data.py measured: of its machine, for its photographs.
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def measured() -> dict[str, float]:
     return speeds
 
 
+def read_by_a_core() -> float:
+    """Images/s that one core reads and augments from tar shards, by the last data.py."""
+    rows = json.loads((RESULTS / "data.json").read_text())["results"]["rows"]
+    return next(row["images_per_second"] for row in rows if row["source"] == "TarShards")
+
+
 def predict(recipe: Path, speed: float, devices: int, efficiency: float) -> dict[str, Any]:
     """What one recipe takes on so many devices, each of which trains on `speed` images/s by itself."""
     settings = yaml.safe_load(recipe.read_text())
@@ -53,6 +60,7 @@ def predict(recipe: Path, speed: float, devices: int, efficiency: float) -> dict
         "gradient MB": round(4e-6 * parameters, 1),
         "on the wire MB": round(4e-6 * parameters * 2 * (devices - 1) / devices, 1),
         "data MB/s": round(1e-6 * BYTES_PER_IMAGE * rate, 1),
+        "cores to read": math.ceil(rate / read_by_a_core()),
         "hours": round(epochs * IMAGES / rate / 3600, 1),
     }
 
