@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,17 +39,22 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
 pytestmark = pytest.mark.timeout(600)
 
 
-def torchrun(folder, *options):
-    """`debiformer fit` with the settings on two processes in a new folder; what they printed."""
+def start(folder, *options):
+    """`debiformer fit` with the settings on two processes, started by torchrun in a new folder."""
     folder.mkdir()
     (folder / "recipe.yaml").write_text(SETTINGS)
     launch = "torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 3 -m debiformer fit --config recipe.yaml --name run"
     command = [sys.executable, "-m", *launch.split(), *options]
-    run = subprocess.run(
-        command, cwd=folder, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    return run.stdout
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=folder, env=os.environ | ENVIRONMENT, **pipes)
+
+
+def torchrun(folder, *options):
+    """The same to its end; what was printed."""
+    with start(folder, *options) as run:
+        said, _ = run.communicate()
+    assert run.returncode == 0, said[-4000:]
+    return said
 
 
 def last(folder):
@@ -128,6 +134,19 @@ def test_a_worker_that_dies_is_replaced_and_the_run_goes_on(work, two):
     assert found["global_step"] == expected["global_step"] == 10
     torch.testing.assert_close(found["state_dict"], expected["state_dict"], rtol=0, atol=0)
     torch.testing.assert_close(found["optimizer_states"], expected["optimizer_states"], rtol=0, atol=0)
+
+
+def test_sigterm_to_torchrun_loses_nothing(work):
+    """It passes it on to all processes there are, and the run ends with a checkpoint of its last update."""
+    folder = work / "ended"
+    with start(folder, "--trainer.max_epochs", "1000", "--checkpoint_minutes", "10") as run:
+        while not (folder / "seen" / "epoch1.0").exists():
+            assert run.poll() is None, run.stdout.read()[-4000:]
+            time.sleep(0.1)
+        run.terminate()
+        run.communicate()
+    trained = sum(len(read(folder / "seen", file.stem)) for file in (folder / "seen").glob("epoch*.0"))
+    assert last(folder)["global_step"] == trained
 
 
 def test_spread_weights(work, two, monkeypatch):

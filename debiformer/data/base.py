@@ -1,5 +1,6 @@
 """What every image data module does, wherever its images are: augment, batch, spread over processes, pass over what is damaged."""
 
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -63,6 +64,11 @@ def collate(samples: Sequence[Sample]) -> ImageBatch:
     """Samples to a batch."""
     images, targets, names, damaged = zip(*samples, strict=True)
     return ImageBatch(torch.stack(images), torch.tensor(targets), list(names), [message for messages in damaged for message in messages])
+
+
+def leave_group(worker: int) -> None:
+    """Keep a loading process out of its parent's group, to all of which torchrun sends SIGTERM: the parent ends its update first."""
+    os.setpgid(0, 0)
 
 
 class ReadImages(Dataset[Sample]):
@@ -228,7 +234,7 @@ class ImageData(LightningDataModule):
 
     def loader_options(self) -> dict[str, Any]:
         """What all loaders have in common."""
-        workers = dict(num_workers=self.num_workers, persistent_workers=self.num_workers > 0)
+        workers = dict(num_workers=self.num_workers, persistent_workers=self.num_workers > 0, worker_init_fn=leave_group)
         return dict(collate_fn=collate, pin_memory=torch.cuda.is_available(), **workers)
 
     def on_before_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
