@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ class Recorder(Callback):
 
     Args:
         folder: Where to.
-        kill_at: Update before which the second process kills itself, unless the run was restarted.
+        kill_at: Updates before which the second process kills itself, when it comes there first.
     """
 
-    def __init__(self, folder: str, kill_at: int = -1) -> None:
+    def __init__(self, folder: str, kill_at: Sequence[int] = ()) -> None:
         self.folder, self.kill_at = Path(folder), kill_at
 
     def setup(self, trainer, pl_module, stage):
@@ -29,8 +30,9 @@ class Recorder(Callback):
         self.write("held", trainer, held)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        if (trainer.global_rank, trainer.global_step, restarts) == (1, self.kill_at, 0):
+        was_here = self.folder / f"killed{trainer.global_step}"
+        if trainer.global_rank == 1 and trainer.global_step in self.kill_at and not was_here.exists():
+            was_here.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         self.write(f"epoch{trainer.current_epoch}", trainer, batch.names)
 

@@ -39,12 +39,12 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
 pytestmark = pytest.mark.timeout(600)
 
 
-def start(folder, *options):
-    """`debiformer fit` with the settings on two processes, started by torchrun in a new folder."""
-    folder.mkdir()
+def start(folder, *options, restarts=3):
+    """`debiformer fit` with the settings on two processes, started by torchrun in a folder of its own."""
+    folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(SETTINGS)
-    launch = "torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 3 -m debiformer fit --config recipe.yaml --name run"
-    command = [sys.executable, "-m", *launch.split(), *options]
+    launch = f"torch.distributed.run --standalone --nproc_per_node 2 --max-restarts {restarts} -m debiformer fit"
+    command = [sys.executable, "-m", *launch.split(), "--config", "recipe.yaml", "--name", "run", *options]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, cwd=folder, env=os.environ | ENVIRONMENT, **pipes)
 
@@ -127,7 +127,7 @@ class TestTwoProcessesAreOne:
 
 def test_a_worker_that_dies_is_replaced_and_the_run_goes_on(work, two):
     """To the very weights of the run that nothing happened to."""
-    said = torchrun(work / "killed", "--trainer.callbacks.init_args.kill_at", "7")
+    said = torchrun(work / "killed", "--trainer.callbacks.init_args.kill_at", "[7]")
     assert "exitcode: -9" in said
     assert "Restored all states from the checkpoint at runs/run/checkpoints/last.ckpt" in said
     found, expected = last(work / "killed"), last(two)
@@ -150,12 +150,14 @@ def test_sigterm_to_torchrun_loses_nothing(work):
 
 
 def test_spread_weights(work, two, monkeypatch):
-    """FSDP2 trains to the weights of DDP, through the death of a worker, and one process evaluates what it saved."""
-    options = ["--trainer.strategy", "fsdp2", "--trainer.precision", "32-true", "--model.grad_checkpointing", "true"]
-    said = torchrun(work / "spread", *options, "--trainer.callbacks.init_args.kill_at", "7")
-    assert "Restored all states from the checkpoint at runs/run/checkpoints/last.ckpt" in said
+    """A run that DDP began ends in FSDP2, through the death of another worker, with the weights of DDP; one process evaluates them."""
+    options = ["--trainer.precision", "32-true", "--model.grad_checkpointing", "true", "--trainer.callbacks.init_args.kill_at", "[3, 7]"]
+    with start(work / "spread", *options, restarts=0) as run:
+        run.communicate()
+    said = torchrun(work / "spread", *options, "--trainer.strategy", "fsdp2")
+    assert said.count("Restored all states from the checkpoint at runs/run/checkpoints/last.ckpt") == 2
     (weights,) = read(two / "seen", "held")
-    assert all(read(work / "spread" / "seen", "held", rank)[0] < 0.6 * weights for rank in range(2))
+    assert all(read(work / "spread" / "seen", "held", rank)[-1] < 0.6 * weights for rank in range(2))
     found, expected = (last(work / name)["state_dict"] for name in ("spread", "two"))
     assert found.keys() == expected.keys()
     for name, value in found.items():

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -112,9 +113,22 @@ class FSDP2(ModelParallelStrategy):
             self._layer_sync.apply(self.lightning_module)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint whose checksums are right into model and optimizer."""
+        """Read a checkpoint of any strategy, whose checksums are right, into model and optimizers; the rest comes back."""
         verify(Path(checkpoint_path))
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True)
+        assert self.model is not None
+        whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", []) if self.optimizers else [], strict=True):
+            # Parameters go by their place in the optimizer's groups, here by name: strategies number them otherwise.
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            named = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            name_of = dict(zip(numbers, named, strict=True))
+            groups = [group | {"params": [name_of[number] for number in group["params"]]} for group in saved["param_groups"]]
+            state = {name_of[number]: value for number, value in saved["state"].items()}
+            set_optimizer_state_dict(self.model, optimizer, {"state": state, "param_groups": groups}, options=whole)
+        return checkpoint
 
     def on_validation_start(self) -> None:
         """Evaluate with the running statistics of the first process everywhere, which a checkpoint holds too; DDP does the same."""
