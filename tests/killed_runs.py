@@ -9,10 +9,12 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from debiformer.cli.training import run
 
-LONGEST = 8.0  # seconds until a kill
+LAST = Path("runs/run/checkpoints/last.ckpt")
 
 
 def start(arguments: list[str]) -> int:
@@ -24,26 +26,48 @@ def start(arguments: list[str]) -> int:
     os._exit(0)
 
 
+def wait(moments: random.Random, over: Callable[[], bool]) -> None:
+    """Until the moment of a kill: some time after the start, or soon after the run has written its next checkpoint, however fast it is."""
+    if moments.random() < 0.3:
+        end = time.monotonic() + moments.uniform(0.5, 4.0)
+    else:
+        before = written()
+        while written() == before and not over():
+            time.sleep(0.01)
+        end = time.monotonic() + moments.uniform(0.0, 0.2)
+    while time.monotonic() < end and not over():
+        time.sleep(0.01)
+
+
+def written() -> int:
+    """Which last.ckpt there is: each takes the place of the one before."""
+    return LAST.stat().st_mtime_ns if LAST.exists() else 0
+
+
 def main(kills: int, seed: int, arguments: list[str]) -> None:
     moments = random.Random(seed)
     hit = 0
     for _ in range(kills):
         pid = start(arguments)
-        end = time.monotonic() + moments.uniform(0.5, LONGEST)
-        while time.monotonic() < end:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                if status:
-                    sys.exit(f"the run failed by itself, status {status}")
-                print(hit)
-                return
-            time.sleep(0.01)
+        status: list[int] = []
+
+        def over(pid=pid, status=status) -> bool:
+            done, code = os.waitpid(pid, os.WNOHANG) if not status else (0, 0)
+            status.extend([code] if done else [])
+            return bool(status)
+
+        wait(moments, over)
+        if over():
+            if status[0]:
+                sys.exit(f"the run failed by itself, status {status[0]}")
+            print(hit)
+            return
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         hit += 1
-    _, status = os.waitpid(start(arguments), 0)
-    if status:
-        sys.exit(f"the run failed by itself, status {status}")
+    _, code = os.waitpid(start(arguments), 0)
+    if code:
+        sys.exit(f"the run failed by itself, status {code}")
     print(hit)
 
 

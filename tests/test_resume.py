@@ -30,7 +30,7 @@ model:
   cutmix: 1.0
   warmup_epochs: 0.5
 trainer:
-  max_epochs: 3
+  max_epochs: 6
   limit_train_batches: 6
   limit_val_batches: 2
   accumulate_grad_batches: 2
