@@ -19,14 +19,13 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("agg")
-import timm
 import torch
 from matplotlib import pyplot as plt
 from record import RESULTS, save
 from timm.models import register_model
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from debiformer.cli.bench import count
 from debiformer.cli.training import run
 from debiformer.models.biformer import BiFormer, create, stages
 
@@ -96,10 +95,8 @@ def curve(folder: Path) -> list[tuple[int, float]]:
 def describe(name: str) -> dict[str, float]:
     """Parameters in millions and MACs in millions of a model."""
     model, model_args, _ = MODELS[name]
-    built = timm.create_model(model, num_classes=10, **model_args).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        built(torch.randn(1, 3, SIZE, SIZE))
-    return dict(params_m=round(sum(p.numel() for p in built.parameters()) / 1e6, 2), macs_m=round(counter.get_total_flops() / 2e6, 1))
+    parameters, macs = count(model, (SIZE, SIZE), model_args | {"num_classes": 10})
+    return dict(params_m=round(parameters / 1e6, 2), macs_m=round(macs / 1e6, 1))
 
 
 def plot(rows: list[dict[str, Any]]) -> Path:

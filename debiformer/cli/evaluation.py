@@ -115,7 +115,7 @@ def report(trainer: Trainer, task: ClassificationTask, data: LightningDataModule
 
 def _evaluate(job: Job, real: str | None, v2: str | None, settings: dict[str, Any]) -> None:
     trainer, task, data, command, checkpoint, folder = job
-    accuracy = RealAccuracy(real_labels(real, data)) if real else None
+    accuracy = RealAccuracy(real_labels(real, data).of) if real else None
     later = v2_images(v2, data) if v2 else None
     task.model = job.model_at(task.hparams["input_size"][1:])
     found = evaluate(trainer, task, data, command, *([accuracy] if accuracy else []))

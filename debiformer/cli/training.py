@@ -258,7 +258,8 @@ class TrainingCLI(LightningCLI):
             config[name] = list(given) if isinstance(given, list) else [given]
         if config.enable_progress_bar is not False and not any(isinstance(c, RichProgressBar) for c in config.callbacks):
             config.callbacks.append(ProgressBar(leave=True))
-        prepare(config, started())
+        launch = started()
+        prepare(config, launch)
         if self.subcommand != "fit":
             config.callbacks = [c for c in config.callbacks if not isinstance(c, Checkpoint)]  # nothing is saved here
             kwargs |= dict(logger=False, enable_checkpointing=False)
@@ -270,7 +271,7 @@ class TrainingCLI(LightningCLI):
             config.callbacks.append(StopAfter(config.max_steps))
             config.max_steps, config.max_epochs = -1, config.max_epochs or -1
         trainer = super().instantiate_trainer(**kwargs)
-        check(trainer, config, started())
+        check(trainer, config, launch)
         return trainer
 
     def log_and_save(self, config: Namespace) -> dict[str, Any]:

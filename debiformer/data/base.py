@@ -164,13 +164,10 @@ class ImageData(LightningDataModule):
         if not 0 <= re_prob <= 1:
             raise ValueError(f"re_prob={re_prob} is not in [0, 1]")
         self.batch_size, self.num_workers, self.max_damaged = batch_size, num_workers, max_damaged
-        self.input_size = check_preprocessing(input_size, mean, std, crop_pct, interpolation)
-        self.mean, self.std, self.crop_pct, self.interpolation = tuple(mean), tuple(std), crop_pct, interpolation
-        self.re_prob = re_prob
-        size = self.input_size[1:]
-        self.evaluate = create_transform(size, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True)
+        self.mean, self.std, self.interpolation, self.re_prob = tuple(mean), tuple(std), interpolation, re_prob
+        self._evaluate_at(input_size, crop_pct)
         self.augment = train_transform(
-            size,
+            self.input_size[1:],
             scale=scale,
             ratio=ratio,
             hflip=hflip,
@@ -192,10 +189,13 @@ class ImageData(LightningDataModule):
             ValueError: If one of the two is out of range.
         """
         other = copy(self)
-        other.input_size = check_preprocessing(input_size, self.mean, self.std, crop_pct, self.interpolation)
-        other.crop_pct = crop_pct
-        other.evaluate = create_transform(other.input_size[1:], crop_pct=crop_pct, interpolation=self.interpolation, use_prefetcher=True)
+        other._evaluate_at(input_size, crop_pct)
         return other
+
+    def _evaluate_at(self, input_size: int | tuple[int, int], crop_pct: float) -> None:
+        self.input_size = check_preprocessing(input_size, self.mean, self.std, crop_pct, self.interpolation)
+        self.crop_pct = crop_pct
+        self.evaluate = create_transform(self.input_size[1:], crop_pct=crop_pct, interpolation=self.interpolation, use_prefetcher=True)
 
     @property
     def num_classes(self) -> int:

@@ -21,17 +21,12 @@ class LabelledFiles:
     A million `Path`s would take half a gigabyte in every loading process, since counting references copies them; an array is shared.
     """
 
-    def __init__(self, paths: Sequence[Path], targets: Sequence[int]) -> None:
+    def __init__(self, paths: Sequence[Path | bytes], targets: Sequence[int]) -> None:
         self.names = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.targets = np.array(targets, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.targets)
-
-    @property
-    def paths(self) -> list[Path]:
-        """All files."""
-        return [Path(os.fsdecode(name)) for name in self.names.tolist()]
 
     def name(self, index: int) -> str:
         """The path."""
@@ -151,5 +146,4 @@ def split_evenly(files: LabelledFiles, class_names: list[str], val_fraction: flo
             raise ValueError(f"{few}; add some, or make folders train and val")
         for index, held_out in zip(members, validates, strict=True):
             chosen["val" if held_out else "train"].append(index)
-    paths = files.paths
-    return {split: LabelledFiles([paths[i] for i in rows], files.targets[rows].tolist()) for split, rows in chosen.items()}
+    return {split: LabelledFiles(files.names[rows].tolist(), files.targets[rows].tolist()) for split, rows in chosen.items()}

@@ -62,13 +62,14 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 def verify(file: Path) -> None:
     """Raise a ValueError unless the checksums that torch wrote into a checkpoint are right."""
+    remedy = "remove it and take another, such as best.ckpt beside it"
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"checkpoint {file} is damaged: {error}; remove it and take another, such as best.ckpt beside it") from error
+        raise ValueError(f"checkpoint {file} is damaged: {error}; {remedy}") from error
     if damaged is not None:
-        raise ValueError(f"checkpoint {file} is damaged in {damaged}; remove it and take another, such as best.ckpt beside it")
+        raise ValueError(f"checkpoint {file} is damaged in {damaged}; {remedy}")
 
 
 class LastCheckpoint(Checkpoint):

@@ -148,9 +148,8 @@ class ClassificationTask(BaseTask):
         """Images (B, 3, H, W) to logits (B, classes)."""
         return self.model(images)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Leave a frozen backbone as it is in evaluation: its norms and its stochastic depth too."""
-        super().on_train_batch_start(batch, batch_idx)
+    def on_train_start(self) -> None:
+        """Leave a frozen backbone as it is in evaluation, its norms and its stochastic depth too; validation keeps modes as they are."""
         if self.hparams["freeze_backbone"]:
             self.model.eval()
 

@@ -1,6 +1,7 @@
 """How a trained classifier fares on a data module, and how fast."""
 
 import time
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,6 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
-from ..data.imagenet_labels import RealLabels
 from .classification import ClassificationTask, ClassScore
 
 SPLITS = {"validate": "val", "test": "test"}  # of the data, and prefixes of metrics, by command
@@ -95,20 +95,23 @@ def finished(device: torch.device) -> float:
 class RealAccuracy(Callback):
     """Counts the validation images whose likeliest class is among their ReaL labels; those without any are left out.
 
+    Args:
+        labels_of: The labels of an image by its name.
+
     Attributes:
         hits: Such images.
         images: All images that have labels.
     """
 
-    def __init__(self, labels: RealLabels) -> None:
-        self.labels, self.hits, self.images = labels, 0, 0
+    def __init__(self, labels_of: Callable[[str], Collection[int]]) -> None:
+        self.labels_of, self.hits, self.images = labels_of, 0, 0
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count a batch."""
         for name, target, guess in zip(batch.names, batch.targets.tolist(), outputs.argmax(-1).tolist(), strict=True):
-            labels = self.labels.of(name) if target >= 0 else ()
+            labels = self.labels_of(name) if target >= 0 else ()
             self.hits += guess in labels
             self.images += bool(labels)
 

@@ -269,7 +269,7 @@ def check_push(repository: str) -> None:
     except HFValidationError as error:
         raise ValueError(f"--push {repository}: {wanted}; {_first_line(error)}") from error
     try:
-        HfApi(library_name="debiformer", library_version=__version__).whoami()
+        _hub().whoami()
     except Exception as error:  # the Hub's client and its transport raise a dozen kinds
         raise OSError(f"--push {repository}: {_first_line(error)}; log in with `hf auth login`, or set HF_TOKEN") from error
 
@@ -280,7 +280,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
     Raises:
         OSError: If the Hub does not take it; the folder stays as it is.
     """
-    api = HfApi(library_name="debiformer", library_version=__version__)
+    api = _hub()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         return api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"{folder.name}, by debiformer {__version__}")
@@ -288,6 +288,10 @@ def push(folder: Path, repository: str, private: bool) -> str:
         raise OSError(
             f"{folder} is written, but {repository} did not take it: {_first_line(error)}; try again with `hf upload {repository} {folder}`"
         ) from error
+
+
+def _hub() -> HfApi:
+    return HfApi(library_name="debiformer", library_version=__version__)
 
 
 def _first_line(error: Exception) -> str:
