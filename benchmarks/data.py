@@ -23,8 +23,8 @@ from PIL import Image
 from record import save
 from timm.data import create_dataset, create_loader
 
-from debiformer.data.base import ImageData
 from debiformer.data.blood_cells import whole_images
+from debiformer.data.classification import ImageData
 from debiformer.data.folders import ImageFolders
 from debiformer.data.hub import HuggingFaceImages
 from debiformer.data.images import find_images

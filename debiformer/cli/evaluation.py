@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from ..data.base import ImageData, IndexedImages
+from ..data.classification import ImageData, IndexedImages
 from ..data.imagenet_labels import ImageNetV2, RealLabels
 from ..tasks.checkpointing import versions
 from ..tasks.classification import ClassificationTask, ClassScore

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from ..data.base import ImageData
+from ..data.classification import ImageData
 from ..nearest import did_you_mean
 from ..progress import StopAfter
 from ..tasks.checkpointing import TEMPORARY, LastCheckpoint, WholeCheckpoints, verify

@@ -1,30 +1,30 @@
-"""What every image data module does, wherever its images are: augment, batch, spread over processes, pass over what is damaged."""
+"""What every data module does, whatever its task: batch, spread over processes, go on after a restart, pass over what is damaged."""
 
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from copy import copy
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from lightning import LightningDataModule
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from timm.data.random_erasing import RandomErasing
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..progress import batches_done, limited
 from ..seeding import Use, reseed, run_seed
-from .images import UnreadableImage, check_preprocessing, train_transform
+from .images import UnreadableImage, check_normalization
 from .sampling import PADDING, Draw, EvaluationSampler, TrainingSampler
 
-IGNORED = -1  # the target of what stands in for an image: no loss and no metric counts it
+Prepare = Callable[
+    [Image.Image, Any], tuple[Tensor, Any]
+]  # an image and its target as read -> uint8 (3, H, W), and the target as it trains
 
 
 class ImageList(Protocol):
-    """Labelled images that can be read one by one."""
+    """Images with targets that can be read one by one."""
 
     def __len__(self) -> int: ...
 
@@ -32,7 +32,7 @@ class ImageList(Protocol):
         """What to call an image in a message: its path, or as much as leads to it."""
         ...
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Image.Image, Any]:
         """An RGB image and its target; raises `UnreadableImage`."""
         ...
 
@@ -41,29 +41,30 @@ class Sample(NamedTuple):
     """An image as the loader's processes hand it on."""
 
     image: Tensor  # uint8 (3, H, W)
-    target: int
-    name: str
-    damaged: list[str]  # why images that should have been here could not be read
+    target: Any
+    name: str = ""
+    damaged: Sequence[str] = ()  # why images that should have been here could not be read
 
 
 class ImageBatch(NamedTuple):
     """Images with their targets and names, and a message for each file that could not be read."""
 
-    images: Tensor  # uint8 (B, 3, H, W); Lightning's hooks make them float, normalised
-    targets: Tensor  # (B,), int64
+    images: Any  # uint8 (B, 3, H, W), or a list of (3, H, W) of different sizes; Lightning's hooks make them float, normalised
+    targets: Any  # for classification (B,), int64; what other tasks have, their data modules say
     names: list[str]
     damaged: list[str]
 
 
-def blank(size: tuple[int, int], name: str = "", damaged: Sequence[str] = ()) -> Sample:
-    """Stands in for an image in evaluation, and is not counted."""
-    return Sample(torch.zeros(3, *size, dtype=torch.uint8), IGNORED, name, list(damaged))
-
-
 def collate(samples: Sequence[Sample]) -> ImageBatch:
-    """Samples to a batch."""
+    """Samples of images of one size, with a number as target, to a batch."""
+    batch = collate_sizes(samples)
+    return batch._replace(images=torch.stack(batch.images), targets=torch.tensor(batch.targets))
+
+
+def collate_sizes(samples: Sequence[Sample]) -> ImageBatch:
+    """Samples to a batch of lists."""
     images, targets, names, damaged = zip(*samples, strict=True)
-    return ImageBatch(torch.stack(images), torch.tensor(targets), list(names), [message for messages in damaged for message in messages])
+    return ImageBatch(list(images), list(targets), list(names), [message for messages in damaged for message in messages])
 
 
 def leave_group(worker: int) -> None:
@@ -72,14 +73,20 @@ def leave_group(worker: int) -> None:
 
 
 class ReadImages(Dataset[Sample]):
-    """The images of a list, read and transformed as a sampler asks for them.
+    """The images of a list, read and prepared as a sampler asks for them.
 
     What is random about an image depends on the seed, the epoch and its index alone. One that cannot be read is passed over: in training
-    the next one takes its place, in evaluation a black image that is not counted.
+    the next one takes its place, in evaluation one that is not counted.
+
+    Args:
+        images: The list.
+        prepare: What is done to an image and its target.
+        blank: Stands in for an image in evaluation, and is not counted.
+        training: Whether images are for training.
     """
 
-    def __init__(self, images: ImageList, transform: Callable[[Image.Image], Any], size: tuple[int, int], training: bool) -> None:
-        self.images, self.transform, self.size, self.training, self.seed = images, transform, size, training, run_seed()
+    def __init__(self, images: ImageList, prepare: Prepare, blank: Sample, training: bool) -> None:
+        self.images, self.prepare, self.blank, self.training, self.seed = images, prepare, blank, training, run_seed()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -87,18 +94,18 @@ class ReadImages(Dataset[Sample]):
     def __getitem__(self, draw: Draw) -> Sample:
         damaged: list[str] = []
         if draw.image == PADDING:
-            return blank(self.size)
+            return self.blank
         for index in (step % len(self) for step in range(draw.image, draw.image + len(self))):
             try:
                 image, target = self.images.read(index)
             except UnreadableImage as error:
                 damaged.append(str(error))
                 if not self.training:
-                    return blank(self.size, self.images.name(index), damaged)
+                    return self.blank._replace(name=self.images.name(index), damaged=damaged)
                 continue
             if self.training:
                 reseed(Use.IMAGE, self.seed, draw.epoch, index, devices=False)
-            return Sample(self.transform(image), target, self.images.name(index), damaged)
+            return Sample(*self.prepare(image, target), self.images.name(index), damaged)
         raise UnreadableImage(f"none of the {len(self)} images can be read; the last: {damaged[-1]}")
 
 
@@ -113,22 +120,16 @@ class ResumableLoader(DataLoader):
         """Take up nothing."""
 
 
-class ImageData(LightningDataModule):
-    """Batches of labelled images; a subclass says where they come from, and gives the loaders.
+class BaseData(LightningDataModule):
+    """Batches of images with their targets; a subclass says what is done to them, and where they come from.
 
     Batches are `ImageBatch`; by the time that a task of Lightning's sees them, images are float and normalised, and messages about
     damaged files have been written down.
 
     Args:
-        input_size: Pixels of a square, or (height, width).
         batch_size: Images per batch and process.
         num_workers: Processes that read and augment, for each process that trains; 0 works in that process.
-        mean, std, crop_pct, interpolation: As for `eval_transform`.
-        scale, ratio: Area and aspect of the random crops for training, as shares of the image's.
-        hflip, vflip: Probability of flips for training.
-        color_jitter: Strength of changes in brightness, contrast and saturation; unused where `auto_augment` is given.
-        auto_augment: A policy in timm's notation, such as rand-m9-mstd0.5-inc1.
-        re_prob: Probability of random erasing.
+        mean, std: Of the channels, for values in [0, 1].
         max_damaged: Files that may turn out to be damaged, in each process, before the run stops.
 
     Raises:
@@ -139,20 +140,10 @@ class ImageData(LightningDataModule):
 
     def __init__(
         self,
-        input_size: int | tuple[int, int] = 224,
         batch_size: int = 64,
         num_workers: int = 4,
         mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
-        crop_pct: float = 0.875,
-        interpolation: str = "bicubic",
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        hflip: float = 0.5,
-        vflip: float = 0.0,
-        color_jitter: float = 0.4,
-        auto_augment: str | None = None,
-        re_prob: float = 0.0,
         max_damaged: int = 100,
     ) -> None:
         super().__init__()
@@ -161,41 +152,12 @@ class ImageData(LightningDataModule):
         for name, value in {"num_workers": num_workers, "max_damaged": max_damaged}.items():
             if value < 0:
                 raise ValueError(f"{name}={value} is negative")
-        if not 0 <= re_prob <= 1:
-            raise ValueError(f"re_prob={re_prob} is not in [0, 1]")
+        check_normalization(mean, std)
         self.batch_size, self.num_workers, self.max_damaged = batch_size, num_workers, max_damaged
-        self.mean, self.std, self.interpolation, self.re_prob = tuple(mean), tuple(std), interpolation, re_prob
-        self._evaluate_at(input_size, crop_pct)
-        self.augment = train_transform(
-            self.input_size[1:],
-            scale=scale,
-            ratio=ratio,
-            hflip=hflip,
-            vflip=vflip,
-            color_jitter=color_jitter,
-            auto_augment=auto_augment,
-            interpolation=interpolation,
-            mean=self.mean,  # fills what RandAugment leaves bare
-            use_prefetcher=True,  # pixels stay bytes: they are normalised where the model is, a quarter of the traffic
-        )
+        self.mean, self.std = tuple(mean), tuple(std)
         self.damaged: dict[str, None] = {}  # messages, in the order of their coming
         self.layout: dict[str, int] = {}  # what the place of an image in the run depends on
         self.layout_before: dict[str, int] | None = None
-
-    def evaluated_at(self, input_size: int | tuple[int, int], crop_pct: float) -> Self:
-        """The same images for evaluation at another size and crop; files are not looked for again.
-
-        Raises:
-            ValueError: If one of the two is out of range.
-        """
-        other = copy(self)
-        other._evaluate_at(input_size, crop_pct)
-        return other
-
-    def _evaluate_at(self, input_size: int | tuple[int, int], crop_pct: float) -> None:
-        self.input_size = check_preprocessing(input_size, self.mean, self.std, crop_pct, self.interpolation)
-        self.crop_pct = crop_pct
-        self.evaluate = create_transform(self.input_size[1:], crop_pct=crop_pct, interpolation=self.interpolation, use_prefetcher=True)
 
     @property
     def num_classes(self) -> int:
@@ -235,7 +197,7 @@ class ImageData(LightningDataModule):
     def loader_options(self) -> dict[str, Any]:
         """What all loaders have in common."""
         workers = dict(num_workers=self.num_workers, persistent_workers=self.num_workers > 0, worker_init_fn=leave_group)
-        return dict(collate_fn=collate, pin_memory=torch.cuda.is_available(), **workers)
+        return dict(pin_memory=torch.cuda.is_available(), **workers)
 
     def on_before_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Write down what could not be read.
@@ -255,16 +217,15 @@ class ImageData(LightningDataModule):
         return batch
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
-        """Bytes to normalised floats where the model is, and random erasing in training."""
-        shape = (1, 3, 1, 1)
-        mean, std = (torch.tensor(value, device=batch.images.device).view(shape) for value in (self.mean, self.std))
-        images = batch.images.float().div_(255).sub_(mean).div_(std)
-        if self.re_prob and self.trainer and self.trainer.training:
-            reseed(Use.ERASING, run_seed(), self.trainer.global_rank, self.batches_done())
-            RandomErasing(self.re_prob, mode="pixel", device=images.device)(images)
-        if self.trainer:
-            images = self.trainer.precision_plugin.convert_input(images)  # for models that are in half precision themselves
-        return batch._replace(images=images)
+        """Bytes to normalised floats where the model is."""
+        images = batch.images
+        return batch._replace(images=[self.normalize(image) for image in images] if isinstance(images, list) else self.normalize(images))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Bytes (..., 3, H, W) to floats as the model takes them."""
+        mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (self.mean, self.std))
+        images = images.float().div_(255).sub_(mean).div_(std)
+        return self.trainer.precision_plugin.convert_input(images) if self.trainer else images  # for models that are in half precision
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers: the damaged files, and what the place in the data depends on."""
@@ -275,8 +236,10 @@ class ImageData(LightningDataModule):
         self.damaged, self.layout_before = dict.fromkeys(state_dict["damaged"]), state_dict["layout"]
 
 
-class IndexedImages(ImageData, ABC):
+class IndexedData(BaseData, ABC):
     """Images that can be read in any order."""
+
+    blank: Sample  # stands in for an image in evaluation, and is not counted
 
     @abstractmethod
     def images(self, split: str) -> ImageList:
@@ -285,6 +248,14 @@ class IndexedImages(ImageData, ABC):
         Raises:
             ValueError: If there is no such split.
         """
+
+    @abstractmethod
+    def prepare(self, training: bool) -> Prepare:
+        """What is done to an image and its target."""
+
+    @abstractmethod
+    def collate(self, training: bool) -> Callable[[Sequence[Sample]], ImageBatch]:
+        """What makes a batch of samples."""
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches, all of one size; after a restart, those that the run had not yet seen."""
@@ -309,6 +280,6 @@ class IndexedImages(ImageData, ABC):
 
     def _loader(self, images: ImageList, sampler: TrainingSampler | EvaluationSampler, training: bool) -> DataLoader:
         batch_size = sampler.batch_size if isinstance(sampler, TrainingSampler) else self.batch_size
-        transform = self.augment if training else self.evaluate
-        read = ReadImages(images, transform, self.input_size[1:], training)
-        return ResumableLoader(read, batch_size, sampler=sampler, **self.loader_options())  # type: ignore[arg-type]  # typed for indices
+        read = ReadImages(images, self.prepare(training), self.blank, training)
+        options = self.loader_options() | {"collate_fn": self.collate(training)}
+        return ResumableLoader(read, batch_size, sampler=sampler, **options)  # type: ignore[arg-type]  # typed for indices

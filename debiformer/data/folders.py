@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .base import IndexedImages
+from .classification import IndexedImages
 from .images import is_image, looked_for, read_image
 
 SPLITS = ("train", "val", "test")

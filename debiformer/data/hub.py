@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from .base import IndexedImages
+from .classification import IndexedImages
 from .images import decode_image
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .base import IndexedImages
+from .classification import IndexedImages
 from .folders import LabelledFiles, files_of_classes, find_classes
 from .imagenet import NUMBERED
 

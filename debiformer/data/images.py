@@ -139,10 +139,15 @@ def check_preprocessing(
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)[-2:]
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"input_size={input_size} is not a number of pixels, nor (height, width)")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean={mean} and std={std} must be three numbers each, those of std above 0")
+    check_normalization(mean, std)
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct={crop_pct} is not in (0, 1]")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation={interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
     return (3, *size)
+
+
+def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise a ValueError unless these are means and standard deviations of three channels."""
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean={mean} and std={std} must be three numbers each, those of std above 0")

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..seeding import Use, reseed, run_seed, seed_from
-from .base import ImageData, ResumableLoader, Sample, blank
+from .base import ResumableLoader, Sample, collate
+from .classification import ImageData
 from .images import SUFFIXES, UnreadableImage, decode_image
 
 PAUSES = (0, 1, 5, 30)  # seconds before each attempt to open a shard
@@ -89,7 +90,7 @@ class TarShards(ImageData):
         raise ValueError("tar shards are to train and to validate on: give data.val the shards to test on, and run validate")
 
     def _loader(self, stream: "Stream") -> DataLoader:
-        return ResumableLoader(stream, self.batch_size, **self.loader_options())
+        return ResumableLoader(stream, self.batch_size, collate_fn=collate, **self.loader_options())
 
 
 class Stream(IterableDataset[Sample]):
@@ -97,7 +98,7 @@ class Stream(IterableDataset[Sample]):
 
     def __init__(self, data: TarShards, split: str, transform: Callable[[Image.Image], Any], rank: int, world_size: int) -> None:
         self.urls, self.images = data.shards[split], data.counts[split]
-        self.transform, self.size, self.batch_size, self.classes = transform, data.input_size[1:], data.batch_size, data.num_classes
+        self.transform, self.blank, self.batch_size, self.classes = transform, data.blank, data.batch_size, data.num_classes
         self.rank, self.world_size, self.seed = rank, world_size, run_seed()
         self.workers = max(data.num_workers, 1)
 
@@ -232,12 +233,12 @@ class EvaluationStream(Stream):
                 image, target = self.decode(raw)
                 yield Sample(self.transform(image), target, name_of(raw), damaged.copy())
             except UnreadableImage as error:
-                yield blank(self.size, name_of(raw), [*damaged, str(error)])
+                yield self.blank._replace(name=name_of(raw), damaged=[*damaged, str(error)])
             damaged.clear()
         if found != self.images:
             raise ValueError(f"val_images={self.images}, but {self.urls[0]} and the like hold {found} images{describe(damaged)}")
         for _ in range(self.share - given):
-            yield blank(self.size)
+            yield self.blank
 
 
 def describe(damaged: list[str]) -> str:

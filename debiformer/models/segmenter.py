@@ -1,22 +1,14 @@
 """A backbone with a head for semantic segmentation."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import timm
 from torch import Tensor, nn
 
+from .backbone import Backbone
 from .heads import FCNHead, SemanticFPNHead, UPerNetHead
-from .heads.semantic_fpn import enlarge
+from .heads.pixels import enlarge
 
-STRIDES = [4, 8, 16, 32]  # of the maps that the heads take
 HEADS = ("semantic_fpn", "upernet")
-
-
-class SegmenterOutput(NamedTuple):
-    """Logits (B, num_classes, H, W) of the head, and in training those of the auxiliary head."""
-
-    logits: Tensor
-    auxiliary: Tensor | None
 
 
 class Segmenter(nn.Module):
@@ -25,15 +17,16 @@ class Segmenter(nn.Module):
     UPerNet is trained with a second loss, on the third stage; Semantic FPN with its own alone.
 
     Args:
-        backbone: Any pyramid of timm's: maps at strides 4, 8, 16 and 32.
+        backbone: A hierarchical timm model.
         head: semantic_fpn or upernet.
         num_classes: Classes.
-        pretrained: Whether the backbone begins with the weights that timm knows for it.
+        pretrained, freeze_norms: As for `Backbone`.
         backbone_args: Further arguments of the backbone's constructor.
         head_args: Further arguments of the head's constructor.
 
     Raises:
-        ValueError: If there is no such head, or the backbone is no pyramid.
+        FileNotFoundError: If there is no file of pretrained weights.
+        ValueError: If there is no such head, or no such backbone.
     """
 
     def __init__(
@@ -41,35 +34,32 @@ class Segmenter(nn.Module):
         backbone: str,
         head: str,
         num_classes: int,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
+        freeze_norms: bool = False,
         backbone_args: dict[str, Any] | None = None,
         head_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"head={head!r} is none of {', '.join(HEADS)}")
-        self.backbone = create_pyramid(backbone, pretrained, **(backbone_args or {}))
-        channels = self.backbone.feature_info.channels()
+        self.backbone = Backbone(backbone, pretrained, freeze_norms, **(backbone_args or {}))
+        channels = self.backbone.channels
         make = SemanticFPNHead if head == "semantic_fpn" else UPerNetHead
         self.head = make(channels, num_classes, **(head_args or {}))
         self.auxiliary = FCNHead(channels[2], num_classes) if head == "upernet" else None
 
-    def forward(self, images: Tensor) -> SegmenterOutput:
-        """Images (B, 3, H, W) to logits of the same height and width."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) to logits (B, num_classes, H, W); in training, with those of the auxiliary head where there is one."""
         maps = self.backbone(images)
-        size = images.shape[2:]
-        auxiliary = self.auxiliary(maps[2]) if self.auxiliary is not None and self.training else None
-        return SegmenterOutput(enlarge(self.head(maps), size), None if auxiliary is None else enlarge(auxiliary, size))
+        logits = enlarge(self.head(maps), images.shape[2:])
+        if self.auxiliary is None or not self.training:
+            return logits
+        return logits, enlarge(self.auxiliary(maps[2]), images.shape[2:])
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the backbone's parameters that its authors train without weight decay."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
-def create_pyramid(name: str, pretrained: bool = False, **options: Any) -> Any:
-    """A timm backbone that gives its maps at strides 4, 8, 16 and 32 as (B, C, H, W).
-
-    Raises:
-        ValueError: If it has no such maps.
-    """
-    backbone = timm.create_model(name, pretrained, features_only=True, feature_cls="getter", out_indices=(-4, -3, -2, -1), **options)
-    strides = backbone.feature_info.reduction()
-    if strides != STRIDES:
-        raise ValueError(f"backbone={name!r} gives maps at strides {strides}, not {STRIDES}: take a hierarchical one")
-    return backbone
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks of the backbone again in the backward pass rather than keep what they need."""
+        self.backbone.set_grad_checkpointing(enable)

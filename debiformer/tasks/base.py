@@ -1,7 +1,6 @@
-"""What the tasks share: a timm model by name, timm's optimizers and cosine schedule, a stop at a loss that is not finite."""
+"""What the tasks share: a timm model by name, timm's optimizers and schedules, a stop at a loss that is not finite."""
 
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DistributedSampler
 
-from ..models.checkpoints import checkpoint_filter_fn, read_checkpoint
-from ..models.pyramid import Pyramid
+from ..models.weights import load_weights
 from ..nearest import did_you_mean
 from ..progress import StopAfter, batches_done, limited
 from ..seeding import Use, reseed, run_seed
@@ -57,37 +56,11 @@ def create_model(name: str, num_classes: int, pretrained: bool | str = False, **
     return model
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a published checkpoint, leaving only a classifier of another width as it was initialised.
-
-    Raises:
-        FileNotFoundError: If there is no file at `path`.
-        ValueError: If the file is no checkpoint, lacks weights of the model, or brings others.
-    """
-    weights = read_checkpoint(path)
-    if all(name.startswith("model.") for name in weights):  # of a run of ours
-        weights = {name.removeprefix("model."): value for name, value in weights.items()}
-    from_published_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # where timm's models keep it
-    classifier = model.pretrained_cfg["classifier"]  # type: ignore[index]  # a name, or a tuple of them
-    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    try:
-        if isinstance(model, Pyramid):
-            weights = checkpoint_filter_fn(weights, model)
-        elif from_published_names is not None:
-            weights = from_published_names(weights, model)
-        for key, value in model.state_dict().items():
-            if key.startswith(prefixes) and (key not in weights or weights[key].shape != value.shape):
-                weights[key] = value
-        model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as mismatch:  # timm's filters stumble over foreign names
-        raise ValueError(f"pretrained={path!r} does not fit {type(model).__name__}: {mismatch}") from mismatch
-
-
 class BaseTask(LightningModule):
     """A model with an optimizer, a schedule and a loss that must stay finite.
 
-    A subclass calls `save_hyperparameters` with optimizer, lr, lr_batch_size, weight_decay, layer_decay, warmup_epochs, warmup_lr, min_lr
-    and on_nonfinite among the arguments, then `check_hyperparameters`, and sets `model`.
+    A subclass calls `save_hyperparameters` with optimizer, lr, lr_batch_size, weight_decay, warmup_lr, min_lr and on_nonfinite among the
+    arguments, then `check_hyperparameters`, and sets `model`.
     """
 
     model: nn.Module
@@ -110,12 +83,12 @@ class BaseTask(LightningModule):
             raise ValueError(f"lr={hparams['lr']} must be above 0")
         if hparams["lr_batch_size"] is not None and hparams["lr_batch_size"] < 1:
             raise ValueError(f"lr_batch_size={hparams['lr_batch_size']} must be above 0, or left out")
-        for name in ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
-            if not hparams[name] >= 0:
+        for name in ("weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "min_lr"):
+            if not hparams.get(name, 0) >= 0:
                 raise ValueError(f"{name}={hparams[name]} must not be below 0")
         if hparams["on_nonfinite"] not in ("stop", "skip"):
             raise ValueError(f"on_nonfinite={hparams['on_nonfinite']!r} is neither 'stop' nor 'skip'")
-        if hparams["layer_decay"] is not None and not 0 < hparams["layer_decay"] <= 1:
+        if hparams.get("layer_decay") is not None and not 0 < hparams["layer_decay"] <= 1:
             raise ValueError(f"layer_decay={hparams['layer_decay']} must be above 0 and at most 1, or left out")
 
     def configure_model(self) -> None:
@@ -134,31 +107,39 @@ class BaseTask(LightningModule):
         shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
-        """Timm's optimizer, and its cosine schedule stepped after every update: linear warm-up, then down to `min_lr` at the end."""
+        """Timm's optimizer, and its schedule stepped after every update."""
         hparams, trainer = self.hparams, self.trainer
         optimizer = create_optimizer_v2(
             self.model,
             opt=hparams["optimizer"],
             lr=self.scaled_lr(),
             weight_decay=hparams["weight_decay"],
-            layer_decay=hparams["layer_decay"],
+            layer_decay=hparams.get("layer_decay"),
         )
         updates_per_epoch, updates = run_length(trainer)
-        warmup = round(hparams["warmup_epochs"] * updates_per_epoch)
+        name, warmup = self.warmup(updates_per_epoch)
         if warmup >= updates:
             raise ValueError(
-                f"warmup_epochs={hparams['warmup_epochs']} takes {warmup} updates and the whole run has {updates}: "
-                "shorten the warm-up (model.warmup_epochs) or lengthen the run (trainer.max_epochs)"
+                f"{name}={hparams[name]} takes {warmup} updates and the whole run has {updates}: "
+                f"shorten the warm-up (model.{name}) or lengthen the run (trainer.max_epochs)"
             )
-        schedule = CosineLRScheduler(
+        schedule = self.schedule(optimizer, updates_per_epoch, updates, warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def warmup(self, updates_per_epoch: int) -> tuple[str, int]:
+        """The argument that says how long the warm-up is, and its updates."""
+        return "warmup_epochs", round(self.hparams["warmup_epochs"] * updates_per_epoch)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, updates_per_epoch: int, updates: int, warmup: int) -> Scheduler:
+        """Linear warm-up, then along a cosine down to `min_lr` at the end."""
+        return CosineLRScheduler(
             optimizer,
             t_initial=updates,
-            lr_min=hparams["min_lr"],
+            lr_min=self.hparams["min_lr"],
             warmup_t=warmup,
-            warmup_lr_init=hparams["warmup_lr"],
+            warmup_lr_init=self.hparams["warmup_lr"],
             t_in_epochs=False,
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def scaled_lr(self) -> float:
         """`lr`, in proportion to the images of an update where it is for another number of them."""

@@ -1,11 +1,13 @@
 """Semantic FPN: the semantic branch of Panoptic Feature Pyramid Networks (Kirillov et al., CVPR 2019, section 3), as both papers use it."""
 
 from collections.abc import Sequence
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
+
+from .pixels import PixelClassifier, enlarge
 
 
 class SemanticFPNHead(nn.Module):
@@ -31,23 +33,15 @@ class SemanticFPNHead(nn.Module):
             nn.ModuleList(Conv2dNormActivation(pyramid_channels if i == 0 else channels, channels, 3) for i in range(max(level, 1)))
             for level in range(len(in_channels))
         )
-        self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = PixelClassifier(channels, num_classes, dropout)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         levels = list(self.pyramid({str(index): x for index, x in enumerate(maps)}).values())
-        total = torch.zeros((), device=maps[0].device)
+        total: Tensor | int = 0
         for level, (x, branch) in enumerate(zip(levels, self.branches, strict=True)):
-            for convolution in branch:
+            for convolution in cast(nn.ModuleList, branch):
                 x = convolution(x)
                 if level > 0:
                     x = F.interpolate(x, scale_factor=2, mode="bilinear")
             total = total + enlarge(x, levels[0].shape[2:])  # levels of odd sizes do not double exactly
-        return self.classifier(self.dropout(total))
-
-
-def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
-    """A map (B, C, H, W) at another size, bilinearly, without aligned corners."""
-    return x if x.shape[2:] == torch.Size(size) else F.interpolate(x, size=tuple(size), mode="bilinear")
+        return self.classifier(total)

@@ -1,4 +1,4 @@
-"""UPerNet (Xiao et al., ECCV 2018), with the pyramid pooling of PSPNet (Zhao et al., CVPR 2017), and the auxiliary head it is trained with."""
+"""UPerNet (Xiao et al., ECCV 2018) with the pooling of PSPNet (Zhao et al., CVPR 2017), and the auxiliary head it is trained with."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from .semantic_fpn import enlarge
+from .pixels import PixelClassifier, enlarge
 
 
 class UPerNetHead(nn.Module):
@@ -30,15 +30,14 @@ class UPerNetHead(nn.Module):
     ) -> None:
         super().__init__()
         coarsest = in_channels[-1]
-        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), Conv2dNormActivation(coarsest, channels, 1)) for size in pool_sizes)
+        self.pools = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), Conv2dNormActivation(coarsest, channels, 1)) for size in pool_sizes
+        )
         self.bottleneck = Conv2dNormActivation(coarsest + len(pool_sizes) * channels, channels, 3)
         self.lateral = nn.ModuleList(Conv2dNormActivation(c, channels, 1) for c in in_channels[:-1])
         self.smooth = nn.ModuleList(Conv2dNormActivation(channels, channels, 3) for _ in in_channels[:-1])
         self.fuse = Conv2dNormActivation(len(in_channels) * channels, channels, 3)
-        self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = PixelClassifier(channels, num_classes, dropout)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         top = maps[-1]
@@ -49,7 +48,7 @@ class UPerNetHead(nn.Module):
             levels[finer] = levels[finer] + enlarge(levels[finer + 1], levels[finer].shape[2:])
         smoothed = [smooth(x) for smooth, x in zip(self.smooth, levels[:-1], strict=True)] + [levels[-1]]
         fused = self.fuse(torch.cat([enlarge(x, smoothed[0].shape[2:]) for x in smoothed], dim=1))
-        return self.classifier(self.dropout(fused))
+        return self.classifier(fused)
 
 
 class FCNHead(nn.Module):
@@ -65,10 +64,7 @@ class FCNHead(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, channels: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
         self.convolution = Conv2dNormActivation(in_channels, channels, 3)
-        self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = PixelClassifier(channels, num_classes, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self.convolution(x)))
+        return self.classifier(self.convolution(x))
