@@ -1,34 +1,21 @@
 """What validate and test do with a checkpoint: scores on the screen and in files, later labels of ImageNet, a sweep of sizes and crops."""
 
-import json
-import sys
-import tempfile
-from datetime import UTC, datetime
-from importlib.util import find_spec
 from itertools import product
-from math import isfinite
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-import torch
-import torchmetrics
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from ..data.classification import ImageData, IndexedImages
 from ..data.imagenet_labels import ImageNetV2, RealLabels
-from ..tasks.checkpointing import versions
 from ..tasks.classification import ClassificationTask, ClassScore
-from ..tasks.evaluation import RealAccuracy, Scores, evaluate, evaluation_folder, model_at
+from ..tasks.evaluation import RealAccuracy, Scores, evaluate, model_at
 from ..tasks.prediction import PREPROCESSING, read_hyperparameters
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .reporting import Job, can_draw, save, show, speed, write
 
 Size = tuple[int, int]  # height and width in pixels
 LISTED = 50  # classes up to which the screen shows all; of more, the WORST
@@ -38,49 +25,12 @@ DRAWN = 2000  # classes up to which a confusion matrix is drawn
 
 def add_arguments(parser: LightningArgumentParser, command: str) -> None:
     """Add the options of validate or test."""
-    parser.add_argument("--output", type=str | None, help="Folder for what is found. Default: RUN/evaluation/COMMAND.")
     several = "several are evaluated one after the other, with the same weights"
     parser.add_argument("--sweep.input_size", nargs="+", type=PositiveInt, default=[], metavar="PIXELS", help=f"Input sizes: {several}.")
     parser.add_argument("--sweep.crop_pct", nargs="+", type=PositiveFloat, default=[], metavar="SHARE", help=f"Centre crops: {several}.")
     if command == "validate":
         parser.add_argument("--real", type=str | None, metavar="FILE", help="ReaL labels of ImageNet's validation images: real.json.")
         parser.add_argument("--v2", type=str | None, metavar="FOLDER", help="Images of ImageNet-V2 to validate on as well.")
-
-
-class Job(NamedTuple):
-    """What is to be evaluated, and where to."""
-
-    trainer: Trainer
-    task: ClassificationTask
-    data: Any  # ImageData, or another data module that tells its classes and preprocessing
-    command: str  # validate or test
-    checkpoint: Path
-    folder: Path  # of what is written
-
-    def record(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """What was evaluated, how and where, for a file that may be read years later."""
-        return {
-            "command": self.command,
-            "checkpoint": str(self.checkpoint),
-            "model": self.task.hparams["model"],
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions() | {"torchmetrics": torchmetrics.__version__},
-            "device": device_name(self.trainer.strategy.root_device),
-            "processes": self.trainer.world_size,
-            "precision": self.trainer.precision,
-            "data": settings,
-            "preprocessing": {name: self.task.hparams[name] for name in PREPROCESSING},
-        }
-
-    @property
-    def heading(self) -> str:
-        """What was done where, for the screen."""
-        processes = f", {self.trainer.world_size} processes" if self.trainer.world_size > 1 else ""
-        return f"{self.command} on {device_name(self.trainer.strategy.root_device)}{processes}"
-
-    def model_at(self, size: Size) -> nn.Module:
-        """The task's model for images of a size; raises ValueError if it takes none of it."""
-        return model_at(self.task, size, tuple(read_hyperparameters(self.checkpoint)["input_size"][1:]))
 
 
 def report(trainer: Trainer, task: ClassificationTask, data: LightningDataModule, command: str, options: Any, settings: dict) -> None:
@@ -97,32 +47,41 @@ def report(trainer: Trainer, task: ClassificationTask, data: LightningDataModule
         PermissionError: If the output folder cannot be written.
         ValueError: If options, data and checkpoint do not fit.
     """
-    checkpoint = Path(options.ckpt_path)
-    job = Job(trainer, task, data, command, checkpoint, Path(options.output or evaluation_folder(checkpoint) / command))
+    job = Job.of(trainer, task, data, command, options)
     real, v2 = options.get("real"), options.get("v2")
     sizes, crops = options.sweep.input_size, options.sweep.crop_pct
     if (sizes or crops) and (real or v2):
         raise ValueError("--sweep goes without --real and --v2: give them together with the size and crop that the sweep finds best")
     if (sizes or crops or real or v2) and not isinstance(data, ImageData):
         raise ValueError(f"--sweep, --real and --v2 need one of the data modules of debiformer.data, not {type(data).__name__}")
-    if trainer.is_global_zero:
-        check_folder(job.folder)
+    job.check()
     if sizes or crops:
         _sweep(job, [(size, size) for size in sizes], crops, settings)
     else:
         _evaluate(job, real, v2, settings)
 
 
+def described(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
+    """What was evaluated, for the record."""
+    hparams = job.task.hparams
+    return job.record(settings) | {"model": hparams["model"], "preprocessing": {name: hparams[name] for name in PREPROCESSING}}
+
+
+def model_for(job: Job, size: Size) -> nn.Module:
+    """The task's model for images of a size; raises ValueError if it takes none of it."""
+    return model_at(job.task, size, tuple(read_hyperparameters(job.checkpoint)["input_size"][1:]))
+
+
 def _evaluate(job: Job, real: str | None, v2: str | None, settings: dict[str, Any]) -> None:
     trainer, task, data, command, checkpoint, folder = job
     accuracy = RealAccuracy(real_labels(real, data).of) if real else None
     later = v2_images(v2, data) if v2 else None
-    task.model = job.model_at(task.hparams["input_size"][1:])
+    task.model = model_for(job, task.hparams["input_size"][1:])
     found = evaluate(trainer, task, data, command, *([accuracy] if accuracy else []))
     on_later = evaluate(trainer, task, later, command).scores if later else None
     if not trainer.is_global_zero:
         return
-    record = job.record(settings) | {"scores": found.scores._asdict()}
+    record = described(job, settings) | {"scores": found.scores._asdict()}
     rows = summary(found.scores)
     if accuracy:
         record["real"] = {"file": real, "top1": accuracy.top1, "images": accuracy.images}
@@ -153,14 +112,14 @@ def _sweep(job: Job, sizes: list[Size], crops: list[float], settings: dict[str, 
     sizes, crops = sizes or [data.input_size[1:]], crops or [data.crop_pct]
     combinations = list(dict.fromkeys(product(sizes, crops)))
     at = [data.evaluated_at(*combination) for combination in combinations]  # all errors before all work
-    models = {size: job.model_at(size) for size in sizes}
+    models = {size: model_for(job, size) for size in sizes}
     found: dict[tuple[Size, float], Scores] = {}
     for (size, crop), images in zip(combinations, at, strict=True):
         task.model = models[size]
         found[size, crop] = evaluate(trainer, task, images, command).scores
     if not trainer.is_global_zero:
         return
-    record = job.record(settings)
+    record = described(job, settings)
     del record["preprocessing"]["input_size"], record["preprocessing"]["crop_pct"]
     record["sweep"] = [{"input_size": size, "crop_pct": crop, **scores._asdict()} for (size, crop), scores in found.items()]
     table = Table("size", "crop", title=job.heading, title_justify="left")
@@ -192,29 +151,6 @@ def v2_images(folder: str, data: ImageData) -> ImageNetV2:
     return ImageNetV2(folder, data.class_names, **options)
 
 
-def check_folder(folder: Path) -> None:
-    """Make a folder that can be written, or raise a PermissionError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PermissionError(f"the folder {folder} cannot be written ({error.strerror}): name another with --output") from error
-
-
-def device_name(device: torch.device) -> str:
-    """What a speed was measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"a CPU with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
-
-
-def speed(images_per_second: float | None) -> str:
-    """A speed for the screen."""
-    return "-" if images_per_second is None else f"{images_per_second:.1f}"
-
-
 def summary(scores: Scores) -> list[tuple[str, str]]:
     """Names and values for the screen."""
     shares = {
@@ -232,11 +168,6 @@ def summary(scores: Scores) -> list[tuple[str, str]]:
     ]
 
 
-def show(table: Table) -> None:
-    """Print a table."""
-    Console(file=sys.stdout).print(table)
-
-
 def print_class_scores(scores: list[ClassScore]) -> None:
     """Print recall and precision of every class; of the worst only, where classes are many."""
     title, shown = "per class", scores
@@ -249,31 +180,3 @@ def print_class_scores(scores: list[ClassScore]) -> None:
     for score in shown:
         table.add_row(Text(score.name), str(score.images), f"{score.recall:.4f}", f"{score.precision:.4f}")
     show(table)
-
-
-def write(record: dict[str, Any], file: Path) -> None:
-    """Write a record as JSON, in which what is not a number, such as the precision of a label never given, is null."""
-    file.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
-    print(f"written  {file}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
-
-
-def can_draw(name: str) -> bool:
-    """Whether figures can be drawn; says what to do where they cannot."""
-    if find_spec("matplotlib") is None:
-        print(f'no {name}: figures take matplotlib: pip install "debiformer[explain]"')
-        return False
-    return True
-
-
-def save(figure: "Figure", file: Path) -> None:
-    """Write a figure."""
-    figure.savefig(file, dpi=110)
-    print(f"written  {file}")

@@ -15,21 +15,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from ..data.classification import ImageData
+from ..data.base import BaseData
 from ..nearest import did_you_mean
 from ..progress import StopAfter
-from ..tasks.checkpointing import TEMPORARY, LastCheckpoint, WholeCheckpoints, verify
-from ..tasks.classification import ClassificationTask
-from ..tasks.prediction import PREPROCESSING, read_hyperparameters, read_run
+from ..tasks.checkpointing import TEMPORARY, LastCheckpoint, WholeCheckpoints, read_content, verify
 from ..tasks.processes import check, prepare, started
-from .evaluation import add_arguments, report
+from .kinds import KINDS
 
 USAGE = {
     "fit": "debiformer fit --config RECIPE_OR_FILE [--data.root DIR] [--name RUN] [options: see --help]",
     "validate": "debiformer validate --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
     "test": "debiformer test --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
 }
-FROM_DATA = ("class_names", *PREPROCESSING)  # what the data tells the model
 MAY_CHANGE = {  # between two starts of a run: where and how it runs; that batches stay the same, the data module sees to
     "ckpt_path",
     "data.init_args.batch_size",
@@ -104,7 +101,7 @@ def run(command: str, arguments: list[str]) -> "TrainingCLI":
         if command != "fit" and not given.ckpt_path:
             raise ValueError(f"debiformer {command} needs --ckpt_path: the best.ckpt or last.ckpt of a run")
         if command != "fit":
-            read_hyperparameters(Path(given.ckpt_path))
+            read_content(Path(given.ckpt_path))
             if not given.config:  # a run that trained on part of the images is tested on all, unless the line says otherwise
                 given.config = [str(config_of_run(Path(given.ckpt_path)))]
                 rest = ["--trainer.limit_val_batches=null", "--trainer.limit_test_batches=null", *rest]
@@ -112,7 +109,24 @@ def run(command: str, arguments: list[str]) -> "TrainingCLI":
             raise ValueError(f"debiformer fit needs --config: a recipe ({', '.join(known_recipes())}) or a YAML file")
     recipes = [find_recipe(name) for name in given.config]
     line = [f"--config={recipe}" for recipe in recipes] + rest + ([f"--ckpt_path={given.ckpt_path}"] if given.ckpt_path else [])
-    return TrainingCLI([command, *line], run_name=recipes[0].stem if recipes else None)
+    return TrainingCLI([command, *line], task_of(recipes), run_name=recipes[0].stem if recipes else None)
+
+
+def task_of(recipes: list[Path]) -> str:
+    """The task that recipes are for.
+
+    Raises:
+        ValueError: If there is no such task, or a recipe is no mapping.
+    """
+    task = "classification"
+    for recipe in recipes:
+        content = yaml.safe_load(recipe.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"--config {recipe}: the file must hold settings, name: value, not {type(content).__name__}")
+        task = content.get("task", task)
+    if task not in KINDS:
+        raise ValueError(f"task={task!r} in --config {', '.join(map(str, recipes))} is none of {', '.join(KINDS)}")
+    return task
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -136,12 +150,12 @@ def config_of_run(checkpoint: Path) -> Path:
 class TrainingCLI(LightningCLI):
     """Lightning's CLI with the data's class names and preprocessing linked into the model, and a folder per run."""
 
-    def __init__(self, line: list[str], run_name: str | None) -> None:
-        self.line, self.run_name = line, run_name
+    def __init__(self, line: list[str], task: str, run_name: str | None) -> None:
+        self.line, self.task, self.kind, self.run_name = line, task, KINDS[task], run_name
         # It means models that fsdp2 spreads, which are refused a running mean.
         warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
         super().__init__(
-            ClassificationTask,
+            self.kind.task,
             LightningDataModule,
             subclass_mode_data=True,
             save_config_callback=None,  # Lightning's writes wherever a logger does; see before_fit
@@ -160,14 +174,16 @@ class TrainingCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand != "fit":
-            add_arguments(parser, subcommand)
+            parser.add_argument("--output", type=str | None, help="Folder for what is found. Default: RUN/evaluation/COMMAND.")
+            self.kind.add_arguments(parser, subcommand)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add --name, and link the data into the model."""
         parser.add_argument("--name", default=self.run_name, help="Name of the run: its folder in trainer.default_root_dir.")
+        parser.add_argument("--task", choices=[self.task], default=self.task, help="What is trained; recipes say it.")
         parser.add_argument("--checkpoint_minutes", type=float, default=10.0, help="Minutes from one last.ckpt to the next.")
-        for name in FROM_DATA:
+        for name in self.kind.from_data:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
@@ -182,8 +198,8 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.folder = Path(config.trainer.default_root_dir) / config.name
         if self.subcommand != "fit":
-            hparams = read_hyperparameters(Path(config.ckpt_path))
-            for name in ("model", "model_args", "drop_path_rate"):
+            hparams = self.read(config.ckpt_path)["hyper_parameters"]
+            for name in self.kind.architecture:
                 config.model[name] = hparams[name]
             config.model.pretrained = False
             return
@@ -192,12 +208,16 @@ class TrainingCLI(LightningCLI):
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file():  # also where the run began with another checkpoint
             config.ckpt_path = str(last)
-        if config.ckpt_path and "averaged" in read_run(Path(config.ckpt_path)):
+        if config.ckpt_path and "averaged" in self.read(config.ckpt_path):
             raise ValueError(
                 f"--ckpt_path {config.ckpt_path} is a mean of checkpoints, without an optimizer to go on with: make a folder of it with "
                 "`debiformer share`, and begin a run with --model.model local-dir:FOLDER --model.pretrained true"
             )
         self.check_run()
+
+    def read(self, ckpt_path: str) -> dict[str, Any]:
+        """The content of a checkpoint, which must be of this task."""
+        return read_content(Path(ckpt_path), self.task)
 
     @rank_zero_only  # the other processes may start after the first has made the folder
     def check_run(self) -> None:
@@ -222,6 +242,8 @@ class TrainingCLI(LightningCLI):
                     f"no place for the run {self.folder}, {reason}; choose one with --trainer.default_root_dir"
                 ) from error
             return
+        if not self.has_checkpoints():
+            return
         now = _flat(self.settings())
         then = _flat(yaml.safe_load(begun.read_text()))
         changed = [name for name in sorted(then | now) if then.get(name) != now.get(name) and name not in MAY_CHANGE]
@@ -232,6 +254,10 @@ class TrainingCLI(LightningCLI):
                 f"to change them for the rest of this one, edit {begun} too"
             )
 
+    def has_checkpoints(self) -> bool:
+        """Whether there is anything in the folder that a run could go on from; a run that failed at its start leaves its settings only."""
+        return any((self.folder / "checkpoints").glob("*.ckpt"))
+
     def settings(self) -> dict[str, Any]:
         """The whole configuration, as YAML has it."""
         return yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
@@ -241,12 +267,12 @@ class TrainingCLI(LightningCLI):
         ckpt_path = self.config[self.subcommand].ckpt_path
         if not ckpt_path:
             return
-        trained, here = read_hyperparameters(Path(ckpt_path)), self.model.hparams
+        trained, here = self.read(ckpt_path)["hyper_parameters"], self.model.hparams
         if trained["class_names"] != here["class_names"]:
             raise ValueError(
                 f"checkpoint {ckpt_path} was trained on the classes {trained['class_names']}, the data has {here['class_names']}"
             )
-        for name in PREPROCESSING:
+        for name in self.kind.from_data[1:]:
             if trained[name] != here[name]:
                 rank_zero_warn(f"data.{name} is {here[name]} here; checkpoint {ckpt_path} was trained with {trained[name]}")
 
@@ -265,7 +291,7 @@ class TrainingCLI(LightningCLI):
             kwargs |= dict(logger=False, enable_checkpointing=False)
         else:
             kwargs |= self.log_and_save(config)
-        if isinstance(self.config_init[self.subcommand].data, ImageData):
+        if isinstance(self.config_init[self.subcommand].data, BaseData):
             kwargs["use_distributed_sampler"] = False  # its samplers know the processes
         if config.max_steps != -1:
             config.callbacks.append(StopAfter(config.max_steps))
@@ -278,7 +304,7 @@ class TrainingCLI(LightningCLI):
         """Add what saves in the run's folder to the trainer's settings; returns further ones: the folder, and loggers."""
         folder = {"default_root_dir": self.folder}  # where Lightning leaves things of its own
         checkpoints = self.folder / "checkpoints"
-        self.best = ModelCheckpoint(checkpoints, "best", monitor="val/acc", mode="max", enable_version_counter=False)
+        self.best = ModelCheckpoint(checkpoints, "best", monitor=self.kind.monitor, mode="max", enable_version_counter=False)
         last = LastCheckpoint(checkpoints, self.config[self.subcommand].checkpoint_minutes)
         config.callbacks += [self.best, last]
         config.plugins.append(WholeCheckpoints())
@@ -292,7 +318,7 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Keep the settings, which tell a run from another and from anything else: whole, and before other files are there."""
         config = self.folder / "config.yaml"
-        if not config.is_file():
+        if not config.is_file() or not self.has_checkpoints():
             self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = config.with_name("config.yaml" + TEMPORARY)
             unfinished.write_text(yaml.safe_dump(self.settings(), sort_keys=False))
@@ -309,7 +335,7 @@ class TrainingCLI(LightningCLI):
     def evaluate(self, command: str) -> None:
         """Validate or test, and report."""
         self.load_weights(self.config[command].ckpt_path)
-        report(self.trainer, self.model, self.datamodule, command, self.config[command], self.settings()["data"])
+        self.kind.report(self.trainer, self.model, self.datamodule, command, self.config[command], self.settings()["data"])
 
     def load_weights(self, ckpt_path: str) -> None:
         """Take the weights and nothing else: Lightning would restore the callbacks of the training too."""
@@ -322,7 +348,7 @@ class TrainingCLI(LightningCLI):
         if self.best.best_model_score is None:  # fast_dev_run saves nothing
             return
         best = self.folder / "checkpoints" / "best.ckpt"
-        print(f"best        {best} (val/acc {self.best.best_model_score:.4f})")
+        print(f"best        {best} ({self.kind.monitor} {self.best.best_model_score:.4f})")
         print(f"last        {best.with_name('last.ckpt')}")
         print(f"curves      tensorboard --logdir {self.folder}")
         print(f"to test     debiformer test --ckpt_path {best}")

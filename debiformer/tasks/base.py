@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -63,6 +63,7 @@ class BaseTask(LightningModule):
     arguments, then `check_hyperparameters`, and sets `model`.
     """
 
+    kind: ClassVar[str]  # what the command line and checkpoints call the task
     model: nn.Module
 
     def __init__(self) -> None:
@@ -90,6 +91,10 @@ class BaseTask(LightningModule):
             raise ValueError(f"on_nonfinite={hparams['on_nonfinite']!r} is neither 'stop' nor 'skip'")
         if hparams.get("layer_decay") is not None and not 0 < hparams["layer_decay"] <= 1:
             raise ValueError(f"layer_decay={hparams['layer_decay']} must be above 0 and at most 1, or left out")
+
+    def images_in(self, batch: Any) -> int:
+        """How many images of a batch count: those that stand in for others have no name."""
+        return sum(map(bool, batch.names))
 
     def configure_model(self) -> None:
         """Give the weights their precision, and spread them where the strategy is FSDP2; Lightning calls this once processes are joined.
@@ -221,9 +226,10 @@ class BaseTask(LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the number of updates left out, and the versions that it was written with."""
+        """Keep the number of updates left out, the versions that it was written with, and what task it is of."""
         checkpoint["skipped"] = self.skipped
         checkpoint["versions"] = versions()
+        checkpoint["task"] = self.kind
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up again."""

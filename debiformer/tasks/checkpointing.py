@@ -72,6 +72,41 @@ def verify(file: Path) -> None:
         raise ValueError(f"checkpoint {file} is damaged in {damaged}; {remedy}")
 
 
+def read_content(checkpoint: Path, kind: str | None = None) -> dict[str, Any]:
+    """The content of a run's checkpoint, mapped rather than read: `hyper_parameters` are the arguments of its task.
+
+    Args:
+        checkpoint: The file.
+        kind: What task it must be of.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, or one of another task.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint}: no such file")
+    remedy = "give the best.ckpt or last.ckpt that `debiformer fit` wrote"
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises half a dozen kinds for a file of another format
+        with checkpoint.open("rb") as file:
+            begins_as_one = file.read(2) == b"PK"
+        if begins_as_one:
+            verify(checkpoint)
+        raise ValueError(f"checkpoint {checkpoint} is not a torch checkpoint: {remedy}") from error
+    content = saved if isinstance(saved, dict) else {}
+    if "class_names" not in content.get("hyper_parameters", {}):
+        raise ValueError(f"checkpoint {checkpoint} is not from a {kind or 'training'} run, it lacks class_names: {remedy}")
+    if kind is not None and kind_of(content) != kind:
+        raise ValueError(f"checkpoint {checkpoint} is of a {kind_of(content)} run, not of {kind}: {remedy}")
+    return content
+
+
+def kind_of(content: dict[str, Any]) -> str:
+    """What task a checkpoint is of."""
+    return content.get("task", "classification")  # all were, once
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps `folder/last.ckpt`: after every epoch, every `minutes` in between, and when SIGTERM asks the run to end.
 

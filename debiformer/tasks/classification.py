@@ -60,6 +60,8 @@ class ClassificationTask(BaseTask):
         ValueError: If an argument is out of its range, or timm knows no such model or optimizer.
     """
 
+    kind = "classification"
+
     def __init__(
         self,
         model: str,
@@ -143,6 +145,10 @@ class ClassificationTask(BaseTask):
         hits, images, guessed = counts.diagonal(), counts.sum(1), counts.sum(0)
         columns = (images.int().tolist(), (hits / images).tolist(), (hits / guessed).tolist())
         return [ClassScore(*row) for row in zip(self.hparams["class_names"], *columns, strict=True)]
+
+    def images_in(self, batch: Sequence[Any]) -> int:
+        """How many images of a batch count."""
+        return int((batch[1] >= 0).sum())
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, classes)."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Collection
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -50,7 +50,8 @@ class Stopwatch(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
         self.images, self.forward, self.whole = 0, 0.0, 0.0
-        self.hooks = [pl_module.register_forward_pre_hook(self._enter), pl_module.register_forward_hook(self._leave)]
+        model, self.device = cast(nn.Module, pl_module.model), pl_module.device
+        self.hooks = [model.register_forward_pre_hook(self._enter), model.register_forward_hook(self._leave)]
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -60,7 +61,7 @@ class Stopwatch(Callback):
         if batch_idx == 0:
             self.started, self.forward = now, 0.0
         else:
-            self.images += int((batch[1] >= 0).sum())
+            self.images += pl_module.images_in(batch)
             self.whole = now - self.started
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,10 +74,10 @@ class Stopwatch(Callback):
     on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
     def _enter(self, module: Any, inputs: Any) -> None:
-        self.entered = finished(module.device)
+        self.entered = finished(self.device)
 
     def _leave(self, module: Any, inputs: Any, outputs: Any) -> None:
-        self.forward += finished(module.device) - self.entered
+        self.forward += finished(self.device) - self.entered
 
 
 def evaluation_folder(checkpoint: Path) -> Path:
@@ -141,13 +142,7 @@ def evaluate(trainer: Trainer, task: ClassificationTask, data: LightningDataModu
         callbacks: To be called back this time.
     """
     stopwatch = Stopwatch()
-    more = [stopwatch, *callbacks]
-    called: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer gets it from a connector
-    called += more
-    try:
-        (found,) = getattr(trainer, command)(task, datamodule=data, verbose=False)
-    finally:
-        del called[-len(more) :]
+    found = run(trainer, task, data, command, stopwatch, *callbacks)
     prefix = SPLITS[command]
     assert task.confusion_matrix is not None
     scores = Scores(
@@ -161,6 +156,17 @@ def evaluate(trainer: Trainer, task: ClassificationTask, data: LightningDataModu
         whole_speed=stopwatch.whole_speed,
     )
     return Evaluation(scores, task.class_scores, task.confusion_matrix)
+
+
+def run(trainer: Trainer, task: LightningModule, data: LightningDataModule, command: str, *callbacks: Callback) -> dict[str, float]:
+    """The metrics that a trainer's validate or test logs, with callbacks of this time."""
+    called: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer gets it from a connector
+    called += callbacks
+    try:
+        (found,) = getattr(trainer, command)(task, datamodule=data, verbose=False)
+    finally:
+        del called[-len(callbacks) :]
+    return found
 
 
 def model_at(task: ClassificationTask, size: tuple[int, int], trained: tuple[int, int]) -> nn.Module:

@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .addresses import address_of, read_config
-from .checkpointing import verify
+from .checkpointing import read_content, verify
 from .classification import ClassificationTask
 
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")
@@ -32,28 +32,8 @@ class Prediction(NamedTuple):
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    """The content of a checkpoint, mapped rather than read: `hyper_parameters` are the arguments of its task.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint of a classification run.
-    """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint {checkpoint}: no such file")
-    remedy = "give the best.ckpt or last.ckpt that `debiformer fit` wrote"
-    try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises half a dozen kinds for a file of another format
-        with checkpoint.open("rb") as file:
-            begins_as_one = file.read(2) == b"PK"
-        if begins_as_one:
-            verify(checkpoint)
-        raise ValueError(f"checkpoint {checkpoint} is not a torch checkpoint: {remedy}") from error
-    hparams = saved.get("hyper_parameters", {}) if isinstance(saved, dict) else {}
-    lacking = [name for name in ("model", "class_names", *PREPROCESSING) if name not in hparams]
-    if lacking:
-        raise ValueError(f"checkpoint {checkpoint} is not from a classification run, it lacks {', '.join(lacking)}: {remedy}")
-    return saved
+    """The content of a checkpoint of a classification run, as `read_content` gives it; raises what that raises."""
+    return read_content(checkpoint, "classification")
 
 
 def read_hyperparameters(checkpoint: Path) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class SegmentationTask(DenseTask):
         ValueError: If an argument is out of its range, or there is no such backbone, head or optimizer.
     """
 
+    kind = "segmentation"
+
     def __init__(
         self,
         backbone: str,
@@ -144,13 +146,13 @@ class SegmentationTask(DenseTask):
         self.log_training(loss, batch)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> list[Tensor]:
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, list[Tensor]]:
         """Count a batch of whole images; the classes (H, W) of their pixels, for callbacks."""
-        return self._evaluate(batch)
+        return {"classes": self._evaluate(batch)}
 
-    def test_step(self, batch: Any, batch_idx: int) -> list[Tensor]:
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, list[Tensor]]:
         """Count a batch of whole images; the classes (H, W) of their pixels, for callbacks."""
-        return self._evaluate(batch)
+        return {"classes": self._evaluate(batch)}
 
     def on_validation_epoch_end(self) -> None:
         """Log val/miou, val/macc and val/aacc, and set `confusion_matrix`."""
@@ -186,9 +188,6 @@ def summarize(confusion: Tensor) -> dict[str, float]:
     """
     counts = confusion.double()
     hits, pixels = counts.diagonal(), counts.sum(1)
-    scores = {
-        "miou": (hits / (pixels + counts.sum(0) - hits)).nanmean(),
-        "macc": (hits / pixels).nanmean(),
-        "aacc": hits.sum() / counts.sum(),
-    }
+    iou = hits / (pixels + counts.sum(0) - hits)
+    scores = {"miou": iou.nanmean(), "macc": (hits / pixels).nanmean(), "aacc": hits.sum() / counts.sum()}
     return {name: value.item() for name, value in scores.items()}
