@@ -5,6 +5,7 @@ from typing import Any, Self, cast
 import timm
 from torch import Tensor, nn
 
+from ..nearest import did_you_mean
 from .checkpoints import load_published
 from .pyramid import Pyramid
 from .weights import load_weights
@@ -32,6 +33,8 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, pretrained: bool | str = False, freeze_norms: bool = False, **options: Any) -> None:
         super().__init__()
+        if not timm.is_model(name):
+            raise ValueError(f"backbone={name!r} is unknown to timm: {did_you_mean(name, timm.list_models())}")
         features: Any = dict(features_only=True, feature_cls="getter", out_indices=(-4, -3, -2, -1))
         try:
             self.maps = cast(Any, timm.create_model(name, pretrained=pretrained is True, **features, **options))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import safetensors.torch
 import torch
@@ -214,6 +214,17 @@ def to_our_names(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {our_name(key, paired): v.flatten(1) if v.ndim == 4 and v.shape[2:] == (1, 1) else v for key, v in tensors.items()}
 
 
+@runtime_checkable
+class WithHeads(Protocol):
+    """A model for dense tasks, which knows how the published names of its heads map to its own."""
+
+    backbone_prefix: str  # of the names of the timm model inside
+
+    def from_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that are not the backbone's, in our names; those that have none keep theirs."""
+        ...
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What a load did beyond filling every parameter: names left in the file, and names that keep their initial values."""
@@ -223,12 +234,12 @@ class LoadReport:
 
 
 def load_published(source: str | Path | Mapping[str, Any], model: nn.Module) -> LoadReport:
-    """Load a published DeBiFormer or BiFormer checkpoint, or one in our own names, into a model.
+    """Load a published DeBiFormer or BiFormer checkpoint, or one in our own names, into a model; with its head into a dense one.
 
     Args:
         source: A file (.pth, .pt, .ckpt, .safetensors), or its content: a state dict, bare or under "model" or "state_dict", with
             or without `backbone.` prefixes.
-        model: A preset of this library, or its `features_only` form.
+        model: A preset of this library, its `features_only` form, or a `Segmenter` or `Detector` on one.
 
     Returns:
         What was left out. That is nothing, but for a model without a classifier: the head of a classification checkpoint, and its final
@@ -241,9 +252,19 @@ def load_published(source: str | Path | Mapping[str, Any], model: nn.Module) -> 
     """
     while (wrapped := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:  # torch.compile, distributed training
         model = wrapped
+    tensors = find_tensors(source) if isinstance(source, Mapping) else read_checkpoint(source)
+    origin = "the state dict" if isinstance(source, Mapping) else str(source)
+    heads: dict[str, Tensor] = {}
     backbone = model.model if isinstance(model, FeatureGetterNet) else model
-    given = to_our_names(source if isinstance(source, Mapping) else read_checkpoint(source))
-    report = _check(given, backbone, "the state dict" if isinstance(source, Mapping) else str(source))
+    if isinstance(model, WithHeads):
+        prefix = model.backbone_prefix
+        heads, backbone = model.from_published(tensors), model.get_submodule(prefix.removesuffix("."))
+        problems = differences(heads, {name: value for name, value in model.state_dict().items() if not name.startswith(prefix)})
+        if any(problems.values()):
+            raise ValueError(f"the heads of {origin} do not fit those of this {type(model).__name__}.{list_problems(problems)}")
+    given = to_our_names(tensors)
+    report = _check(given, backbone, origin)
+    model.load_state_dict(heads, strict=False)
     backbone.load_state_dict({name: value for name, value in given.items() if name not in report.left_behind}, strict=False)
     return report
 
@@ -283,16 +304,22 @@ def compare(given: Mapping[str, Tensor], model: nn.Module, adapted: tuple[str, .
     if any(name.startswith("head.") for name in given) and not any(name.startswith("feature_norms.") for name in given):
         left_behind += [name for name in given if headless and name not in wanted and name.startswith(("head.", "norm."))]
         at_start = [name for name in wanted if (headless or adapted) and name.startswith("feature_norms.")]
-    problems = {
-        "missing": [name for name in wanted if name not in given and name not in at_start and name not in adapted],
-        "unexpected": [name for name in given if name not in wanted and name not in left_behind and name not in adapted],
+    looked_at = {name: value for name, value in given.items() if name not in left_behind and name not in adapted}
+    problems = differences(looked_at, {name: value for name, value in wanted.items() if name not in at_start and name not in adapted})
+    return problems, LoadReport(left_behind, at_start)
+
+
+def differences(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What is missing, unexpected and mis-shaped, by name."""
+    return {
+        "missing": [name for name in wanted if name not in given],
+        "unexpected": [name for name in given if name not in wanted],
         "mis-shaped": [
             f"{name} {tuple(given[name].shape)}, wanted {tuple(value.shape)}"
             for name, value in wanted.items()
-            if name in given and name not in adapted and given[name].shape != value.shape
+            if name in given and given[name].shape != value.shape
         ],
     }
-    return problems, LoadReport(left_behind, at_start)
 
 
 def list_problems(problems: Mapping[str, list[str]]) -> str:

@@ -1,5 +1,6 @@
 """A backbone with a head for semantic segmentation."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from .backbone import Backbone
 from .heads import FCNHead, SemanticFPNHead, UPerNetHead
 from .heads.pixels import enlarge
+from .heads.published import SEMANTIC_FPN, UPERNET, heads_in_our_names
 
 HEADS = ("semantic_fpn", "upernet")
 
@@ -28,6 +30,8 @@ class Segmenter(nn.Module):
         FileNotFoundError: If there is no file of pretrained weights.
         ValueError: If there is no such head, or no such backbone.
     """
+
+    backbone_prefix = "backbone.maps.model."
 
     def __init__(
         self,
@@ -55,6 +59,10 @@ class Segmenter(nn.Module):
         if self.auxiliary is None or not self.training:
             return logits
         return logits, enlarge(self.auxiliary(maps[2]), images.shape[2:])
+
+    def from_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of mmsegmentation's heads in the names of ours; see `load_published`."""
+        return heads_in_our_names(tensors, SEMANTIC_FPN if isinstance(self.head, SemanticFPNHead) else UPERNET)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the backbone's parameters that its authors train without weight decay."""
