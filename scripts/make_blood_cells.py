@@ -1,7 +1,8 @@
 """Make the bundled sample of blood cells from the BCCD data set: python scripts/make_blood_cells.py BCCD_DIR
 
 Every crop is a square on the longer side of a cell's box, moved inside the image where it sticks out and resized to 80 pixels: the
-size of the cell, which alone would nearly tell the class, is gone. The same input gives the same bytes.
+size of the cell, which alone would nearly tell the class, is gone. The fields are all images at half their size, with their boxes. The same
+input gives the same bytes.
 """
 
 import json
@@ -25,6 +26,7 @@ JPEG_QUALITY = 90
 MIN_SIDE = 8
 RED_CELLS_PER_IMAGE = 6  # of 11 on average; keeps the sample under 5 MB
 WHOLE_IMAGES = 6
+FIELD_QUALITY = 80
 
 
 def read_splits(bccd: Path) -> dict[str, list[str]]:
@@ -75,6 +77,27 @@ def make_crops(bccd: Path, split: str, names: list[str]) -> tuple[Counter[str], 
     return written, unusable
 
 
+def make_fields(bccd: Path, split: str, names: list[str]) -> None:
+    """Write all images of one split at half their size, and their usable boxes in COCO's format."""
+    folder, images, annotations = SAMPLE / "fields", [], []
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names, 1):
+        image = Image.open(bccd / "JPEGImages" / f"{name}.jpg").convert("RGB")
+        half = image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
+        half.save(folder / split / f"{name}.jpg", quality=FIELD_QUALITY, optimize=True)
+        images.append(dict(id=number, file_name=f"{name}.jpg", width=half.width, height=half.height))
+        for box in filter(lambda box: is_usable(box, image), read_boxes(bccd / "Annotations" / f"{name}.xml")):
+            x, y, width, height = box.x0 / 2, box.y0 / 2, (box.x1 - box.x0) / 2, (box.y1 - box.y0) / 2
+            label = list(CLASSES.values()).index(box.label) + 1
+            row = dict(
+                id=len(annotations) + 1, image_id=number, category_id=label, bbox=[x, y, width, height], area=width * height, iscrowd=0
+            )
+            annotations.append(row)
+    categories = [dict(id=number, name=name) for number, name in enumerate(CLASSES.values(), 1)]
+    content = dict(images=images, annotations=annotations, categories=categories)
+    (folder / f"{split}.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
+
+
 def copy_whole_images(bccd: Path, names: list[str]) -> None:
     """Copy the first test images that show all classes, and write their usable boxes."""
     folder = SAMPLE / "whole"
@@ -96,15 +119,18 @@ def main() -> None:
         sys.exit("usage: make_blood_cells.py BCCD_DIR, the folder that holds Annotations, ImageSets and JPEGImages")
     bccd = Path(sys.argv[1])
     splits = read_splits(bccd)
-    for folder in (*SPLITS, "whole"):
+    for folder in (*SPLITS, "fields", "whole"):
         shutil.rmtree(SAMPLE / folder, ignore_errors=True)
     rows = [(split, len(names), *make_crops(bccd, split, names)) for split, names in splits.items()]
+    for split, names in splits.items():
+        make_fields(bccd, split, names)
     copy_whole_images(bccd, splits["test"])
 
     print(f"{'':6}{'images':>8}{''.join(f'{label:>10}' for label in CLASSES.values())}{'left out':>10}{'kB':>8}")
     for folder, images, written, unusable in rows:
         counts = "".join(f"{written[label]:10}" for label in CLASSES.values())
         print(f"{folder:6}{images:8}{counts}{unusable:10}{kilobytes(SAMPLE / folder):8.0f}")
+    print(f"{'fields':6}{sum(map(len, splits.values())):8}{kilobytes(SAMPLE / 'fields'):48.0f}")
     print(f"{'whole':6}{WHOLE_IMAGES:8}{kilobytes(SAMPLE / 'whole'):48.0f}")
     print(f"{'all':6}{kilobytes(SAMPLE):56.0f}")
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 from ..tasks.base import BaseTask
 from ..tasks.classification import ClassificationTask
+from ..tasks.detection import DetectionTask
 from ..tasks.prediction import PREPROCESSING
 from ..tasks.segmentation import SegmentationTask
-from . import evaluation, segmentation
+from . import detection, evaluation, segmentation
 
 
 class Kind(NamedTuple):
@@ -37,5 +38,13 @@ KINDS = {
         monitor="val/miou",
         add_arguments=segmentation.add_arguments,
         report=segmentation.report,
+    ),
+    "detection": Kind(
+        DetectionTask,
+        from_data=("class_names", "mean", "std"),
+        architecture=("backbone", "backbone_args", "detector", "detector_args", "pyramid_channels", "drop_path_rate"),
+        monitor="val/map",
+        add_arguments=detection.add_arguments,
+        report=detection.report,
     ),
 }

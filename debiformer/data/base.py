@@ -249,6 +249,10 @@ class IndexedData(BaseData, ABC):
             ValueError: If there is no such split.
         """
 
+    def groups(self, images: Any) -> Sequence[int] | None:
+        """A number for each image; those in one batch should have the same. None groups nothing."""
+        return None
+
     @abstractmethod
     def prepare(self, training: bool) -> Prepare:
         """What is done to an image and its target."""
@@ -261,7 +265,7 @@ class IndexedData(BaseData, ABC):
         """Shuffled batches, all of one size; after a restart, those that the run had not yet seen."""
         images = self.images("train")
         rank, world_size = self.process()
-        sampler = TrainingSampler(len(images), self.batch_size, run_seed(), rank, world_size)
+        sampler = TrainingSampler(len(images), self.batch_size, run_seed(), rank, world_size, self.groups(images))
         self.check_layout(images=len(images), images_per_batch=sampler.batch_size * world_size)
         sampler.go_on(*self.position(sampler.batches))
         return self._loader(images, sampler, training=True)

@@ -1,9 +1,10 @@
 """Which images make up which batch: a function of seed, epoch, rank and position, so that any batch of a run can be had again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..seeding import Use, seed_from
@@ -30,17 +31,21 @@ class TrainingSampler(Sampler[Draw]):
         seed: Of the order.
         rank: Of this process.
         world_size: Processes.
+        groups: A number for each image: batches hold images of one group, but for the few that are left over of each.
 
     Raises:
         ValueError: If there are fewer images than processes.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, groups: Sequence[int] | None = None
+    ) -> None:
         if images < world_size:
             raise ValueError(f"{images} images cannot be spread over {world_size} processes")
         self.images, self.seed, self.rank, self.world_size = images, seed, rank, world_size
         self.batch_size = min(batch_size, images // world_size)
         self.batches = images // (self.batch_size * world_size)  # per epoch
+        self.groups = None if groups is None else torch.tensor(groups)
         self.epoch = self.first = 0
 
     def go_on(self, epoch: int, batch: int) -> None:
@@ -56,10 +61,23 @@ class TrainingSampler(Sampler[Draw]):
 
     def __iter__(self) -> Iterator[Draw]:
         epoch, first, self.first = self.epoch, self.first, 0
-        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(seed_from(Use.ORDER, self.seed, epoch)))
+        generator = torch.Generator().manual_seed(seed_from(Use.ORDER, self.seed, epoch))
+        order = torch.randperm(self.images, generator=generator)
+        if self.groups is not None:
+            order = self._grouped(order, generator)
         for batch in range(first, self.batches):
             start = (batch * self.world_size + self.rank) * self.batch_size
             yield from (Draw(index, epoch) for index in order[start : start + self.batch_size].tolist())
+
+    def _grouped(self, order: Tensor, generator: torch.Generator) -> Tensor:
+        """An order of as many whole batches, each of one group where there are enough of it, the batches in a random order."""
+        size = self.batch_size * self.world_size
+        assert self.groups is not None
+        of_group = [order[self.groups[order] == group] for group in self.groups.unique()]
+        whole = [part[: len(part) // size * size] for part in of_group]
+        left_over = torch.cat([part[len(part) // size * size :] for part in of_group])
+        batches = torch.cat([*whole, left_over[: len(left_over) // size * size]]).view(-1, size)
+        return batches[torch.randperm(len(batches), generator=generator)].flatten()
 
 
 class EvaluationSampler(Sampler[Draw]):

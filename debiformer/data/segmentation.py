@@ -70,9 +70,7 @@ class TrainingCrops:
     ) -> None:
         self.crop_size, self.short_side, self.long_side, self.scale = crop_size, short_side, long_side, scale
         self.max_class_share, self.hflip, self.fill = max_class_share, hflip, fill
-        strengths = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
-        changes = [v2.RandomApply([v2.ColorJitter(**{name: distortion * value})]) for name, value in strengths.items()]
-        self.distort = v2.Compose(changes if distortion else [v2.Identity()])
+        self.distort = color_changes(distortion)
 
     def __call__(self, image: Image.Image, mask: Image.Image) -> tuple[Tensor, Tensor]:
         """An image and its mask to a crop (3, H, W) and its classes (H, W), int16."""
@@ -94,6 +92,12 @@ class TrainingCrops:
         filled = ImageOps.expand(to_pil_image(self.distort(pil_to_tensor(pixels))), (0, 0, right, below), self.fill)
         classes = np.pad(labels, ((0, below), (0, right)), constant_values=IGNORED)
         return pil_to_tensor(filled), torch.from_numpy(classes.astype(np.int16))
+
+
+def color_changes(strength: float) -> Callable[[Tensor], Tensor]:
+    """Random changes in brightness, contrast, saturation and hue, each for every second image; at 1, as SSD was trained with."""
+    strengths = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.1} if strength else {}
+    return v2.Compose([v2.Identity(), *(v2.RandomApply([v2.ColorJitter(**{name: strength * value})]) for name, value in strengths.items())])
 
 
 def scale_to(size: tuple[int, int], short_side: int | None, long_side: int | None) -> float:

@@ -1,0 +1,111 @@
+"""What validate and test show of a detector: average precision as COCO counts it, every class, pictures with their boxes."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.table import Table
+from rich.text import Text
+
+from ..data.images import read_image
+from ..data.masks import default_palette
+from ..explain.boxes import draw
+from ..tasks.detection import DetectionTask
+from ..tasks.evaluation import Stopwatch, run
+from .reporting import Job, show, speed, write
+
+ROWS = {"map": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium", "ap_large": "AP large"}
+
+
+def add_arguments(parser: LightningArgumentParser, command: str) -> None:
+    """Add the options of validate or test."""
+    parser.add_argument("--pictures", type=int, default=4, help="Images to draw with what was found and given (default 4).")
+    parser.add_argument("--min_score", type=float, default=0.5, help="Least score of what is drawn (default 0.5).")
+
+
+def report(trainer: Trainer, task: DetectionTask, data: LightningDataModule, command: str, options: Any, settings: dict) -> None:
+    """Evaluate, and show and write what was found; every process of a run must take part.
+
+    Args:
+        trainer, task, data: Which evaluates what on which images.
+        command: validate or test.
+        options: Those of `add_arguments`, and `ckpt_path`.
+        settings: What the record says of the data.
+
+    Raises:
+        PermissionError: If the output folder cannot be written.
+    """
+    job = Job.of(trainer, task, data, command, options)
+    job.check()
+    stopwatch = Stopwatch()
+    pictures = Pictures(options.pictures, options.min_score, job.folder / "pictures", task.hparams["class_names"])
+    found = run(trainer, task, data, command, stopwatch, pictures)
+    if not trainer.is_global_zero:
+        return
+    scores = {name.partition("/")[2]: value for name, value in found.items()}
+    hparams = task.hparams
+    record = job.record(settings) | {name: hparams[name] for name in ("backbone", "detector", "short_side", "long_side")}
+    speeds = {"forward_speed": stopwatch.forward_speed, "whole_speed": stopwatch.whole_speed}
+    record |= {"scores": scores | speeds, "classes": [score._asdict() for score in task.class_scores]}
+    masks = "mask_map" in scores
+    table = Table("", "boxes", *(["masks"] if masks else []), title=job.heading, title_justify="left")
+    for name, shown in ROWS.items():
+        table.add_row(shown, *(precision(scores[f"{prefix}{name}"]) for prefix in ("", "mask_")[: 1 + masks]))
+    table.add_row("images/s of the model", speed(stopwatch.forward_speed))
+    table.add_row("images/s, reading included", speed(stopwatch.whole_speed))
+    show(table)
+    classes = Table("class", "AP of boxes", *(["AP of masks"] if masks else []), title="per class", title_justify="left")
+    for score in task.class_scores:
+        classes.add_row(Text(score.name), *(precision(value) for value in score[1:] if value is not None))
+    show(classes)
+    write(record, job.folder / "metrics.json")
+    for file in pictures.written:
+        print(f"written  {file}")
+
+
+def precision(value: float) -> str:
+    """An average precision for the screen; - where the data has nothing of the kind."""
+    return "-" if value < 0 else f"{value:.4f}"
+
+
+class Pictures(Callback):
+    """Draws the first images of an evaluation: what was found on the left, what was given on the right.
+
+    Args:
+        count: How many.
+        min_score: Least score of what is drawn.
+        folder: Where to.
+        names: Of the classes.
+
+    Attributes:
+        written: The files.
+    """
+
+    def __init__(self, count: int, min_score: float, folder: Path, names: list[str]) -> None:
+        self.count, self.min_score, self.folder, self.names = count, min_score, folder, names
+        self.written: list[Path] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Draw what is still to be drawn."""
+        if not trainer.is_global_zero:
+            return
+        for name, found, given in zip(batch.names, outputs["found"], batch.targets, strict=True):
+            if len(self.written) == self.count:
+                return
+            if given is None:
+                continue
+            image, palette = read_image(name), default_palette(len(self.names))
+            kept = {key: value[found["scores"] >= self.min_score].cpu() for key, value in found.items()}
+            left = draw(image, kept, self.names, palette)
+            right = draw(image, {key: given[key].cpu() for key in ("boxes", "labels")}, self.names, palette)
+            row = left.resize((2 * left.width, left.height))
+            row.paste(left, (0, 0))
+            row.paste(right, (left.width, 0))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.written.append(self.folder / f"{len(self.written)}_{Path(name).stem}.jpg")
+            row.save(self.written[-1], quality=90)
+
+    on_test_batch_end = on_validation_batch_end
