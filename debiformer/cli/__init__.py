@@ -29,7 +29,7 @@ COMMANDS = {
     "fit": Command("train a model with a recipe: --config image_folder --data.root DIR", "training:fit", ("train",)),
     "validate": Command("evaluate a checkpoint on the validation images", "training:validate", ("train",)),
     "test": Command("evaluate a checkpoint on the test images", "training:test", ("train",)),
-    "predict": Command("label images with a checkpoint", "labelling:run", ("train",)),
+    "predict": Command("labels, masks or boxes for images, with a checkpoint", "prediction:run", ("train",)),
     "average": Command("average the weights of checkpoints: CKPT CKPT... --output FILE.ckpt", "average:run", ("train",)),
     "share": Command("a checkpoint as a folder for timm and the Hugging Face Hub: CKPT FOLDER", "share:run", ("train",)),
     "models": Command("list the presets with their parameters and MACs", "models:run"),

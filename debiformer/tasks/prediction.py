@@ -3,16 +3,18 @@
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from .addresses import address_of, read_config
+from .base import BaseTask
 from .checkpointing import read_content, verify
 from .classification import ClassificationTask
 
+T = TypeVar("T", bound=BaseTask)
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation")
 
 
@@ -41,6 +43,18 @@ def read_hyperparameters(checkpoint: Path) -> dict[str, Any]:
     return read_run(checkpoint)["hyper_parameters"]
 
 
+def load_task(task: type[T], checkpoint: Path, device: str | torch.device = "cpu") -> T:
+    """The trained task in a checkpoint of a run, ready to predict.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or no checkpoint of this task.
+    """
+    read_content(checkpoint, task.kind)
+    verify(checkpoint)
+    return task.load_from_checkpoint(checkpoint, map_location=device, weights_only=True).eval().requires_grad_(False)
+
+
 def load_classifier(source: str | Path, device: str | torch.device = "cpu") -> ClassificationTask:
     """The trained task in a checkpoint, in a shared folder or on the Hugging Face Hub, ready to predict.
 
@@ -55,9 +69,7 @@ def load_classifier(source: str | Path, device: str | torch.device = "cpu") -> C
     """
     address = address_of(source)
     if address is None:
-        read_run(Path(source))
-        verify(Path(source))
-        task = ClassificationTask.load_from_checkpoint(source, map_location=device, weights_only=True)
+        task = load_task(ClassificationTask, Path(source), device)
     else:
         cfg = read_config(address).pretrained_cfg
         if not isinstance(cfg.get("label_names"), list) or not cfg.keys() >= set(PREPROCESSING):

@@ -1,0 +1,63 @@
+"""Command predict with a checkpoint of segmentation: a mask for every image."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from ..data.masks import overlay, paint
+from ..tasks.dense import DenseTask
+from ..tasks.prediction import load_task
+from ..tasks.segmentation import SegmentationTask
+from .pictures import each, find, parser_for
+from .reporting import check_folder
+
+
+def run(arguments: list[str]) -> int:
+    """Write a mask for each image; 1 if not one image could be read, else 0.
+
+    Raises:
+        FileNotFoundError: If the checkpoint or an image is missing.
+        PermissionError: If the output folder cannot be written.
+        ValueError: If an argument or the checkpoint will not do.
+    """
+    parser = parser_for("segmentation: masks as PNG with the colours of the classes")
+    parser.add_argument("--short-side", type=int, help="pixels of an image's shorter side; 0 keeps its size (default: as in evaluation)")
+    parser.add_argument("--window", type=int, help="height and width of windows that slide over the image (default: as in evaluation)")
+    parser.add_argument("--stride", type=int, help="pixels from one window to the next (default: two thirds of the window)")
+    parser.add_argument("--scales", type=float, nargs="+", help="factors on the size, to average over (default: as in evaluation)")
+    parser.add_argument("--flip", action="store_true", help="see each scale in the mirror too")
+    options = parser.parse_args(arguments)
+    names = find(options.images)
+    task = load_task(SegmentationTask, options.checkpoint, options.device)
+    given = {"window": options.window, "stride": options.stride, "scales": options.scales and tuple(options.scales)}
+    if options.short_side is not None:
+        given["short_side"] = options.short_side or None
+        given |= {} if options.short_side else {"long_side": None}
+    changes = {name: value for name, value in given.items() if value is not None or name.endswith("_side")}
+    task.inference = replace(task.inference, **changes, flip=options.flip or task.inference.flip)
+    check_folder(options.output)
+    done = 0
+    for _, name, image in each(names):
+        mask = task.segment(normalized(task, image)).cpu().numpy()
+        write(paint(mask, task.hparams["palette"]), options.output / "masks" / name.with_suffix(".png"))
+        if options.draw:
+            write(overlay(image, mask, task.hparams["palette"]), options.output / "pictures" / name.with_suffix(".jpg"))
+        done += 1
+    print(f"written  {done} masks in {options.output / 'masks'}")
+    return 0 if done else 1
+
+
+def normalized(task: DenseTask, image: Image.Image) -> Tensor:
+    """An image as a task's model takes it: (3, H, W), on its device."""
+    mean, std = (torch.tensor(task.hparams[name], device=task.device).view(3, 1, 1) for name in ("mean", "std"))
+    return pil_to_tensor(image).to(task.device).float().div_(255).sub_(mean).div_(std)
+
+
+def write(picture: Image.Image, file: Path) -> None:
+    """Write a picture, with the folders above it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file)
