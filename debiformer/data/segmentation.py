@@ -83,7 +83,7 @@ class TrainingCrops:
             across, down = image.width / width, image.height / height
             box = (left * across, top * down, (left + crop[1]) * across, (top + crop[0]) * down)
             labels = np.asarray(mask.resize(crop[::-1], Image.Resampling.NEAREST, box))
-            if largest_share(labels) < self.max_class_share:
+            if largest_share(labels) <= self.max_class_share:
                 break
         pixels = image.resize(crop[::-1], Image.Resampling.BILINEAR, box)
         if random.random() < self.hflip:

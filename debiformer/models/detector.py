@@ -1,6 +1,7 @@
 """A backbone with torchvision's RetinaNet, Faster R-CNN or Mask R-CNN."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -8,10 +9,11 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
+from ..nearest import did_you_mean
 from .backbone import Backbone
 from .heads.published import RCNN, RETINANET, background_first, heads_in_our_names
 
-DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
+DETECTORS: dict[str, Any] = {"retinanet": RetinaNet, "faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN}
 Boxes = dict[str, Tensor]  # boxes (N, 4), labels (N,), and masks or scores, as torchvision's detectors take and give them
 
 
@@ -91,17 +93,19 @@ class Detector(nn.Module):
         self.detector = detector
         body = Backbone(backbone, pretrained, freeze_norms, **(backbone_args or {}))
         options: dict[str, Any] = dict(min_size=short_side, max_size=long_side, image_mean=[0.0] * 3, image_std=[1.0] * 3)
-        try:
-            if detector == "retinanet":
-                pyramid = FeaturePyramid(body, 1, pyramid_channels, CoarserLevels(body.channels[-1], pyramid_channels))
-                given = options | dict(detections_per_img=100) | (detector_args or {})
-                self.model: nn.Module = RetinaNet(pyramid, num_classes, **given)
-            else:
-                pyramid = FeaturePyramid(body, 0, pyramid_channels, LastLevelMaxPool())
-                given = options | dict(rpn_post_nms_top_n_train=1000) | (detector_args or {})
-                self.model = (MaskRCNN if detector == "mask_rcnn" else FasterRCNN)(pyramid, num_classes + 1, **given)
-        except TypeError as error:
-            raise ValueError(f"detector={detector!r} does not take detector_args={detector_args}: {error}") from error
+        given = detector_args or {}
+        known = signature(DETECTORS[detector]).parameters
+        for name in given:
+            if name not in known:  # torchvision would swallow it
+                raise ValueError(f"detector_args={given}: {detector} takes no {name}; {did_you_mean(name, known)}")
+        if detector == "retinanet":
+            pyramid = FeaturePyramid(body, 1, pyramid_channels, CoarserLevels(body.channels[-1], pyramid_channels))
+            options |= dict(detections_per_img=100)
+        else:
+            pyramid = FeaturePyramid(body, 0, pyramid_channels, LastLevelMaxPool())
+            options |= dict(rpn_post_nms_top_n_train=1000)
+            num_classes += 1  # the background
+        self.model: nn.Module = DETECTORS[detector](pyramid, num_classes, **options | given)
 
     @property
     def backbone(self) -> Backbone:

@@ -1,7 +1,5 @@
 """What the tasks on whole images share: their schedules, counted in updates or with steps."""
 
-from collections.abc import Sequence
-
 import torch
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.poly_lr import PolyLRScheduler
@@ -41,6 +39,6 @@ class DenseTask(BaseTask):
         if hparams["schedule"] == "poly":
             return PolyLRScheduler(optimizer, t_initial=updates, power=hparams["power"], lr_min=hparams["min_lr"], **warm)
         if hparams["schedule"] == "step":
-            steps: Sequence[int] = [round(epoch * updates_per_epoch) for epoch in hparams["milestones"]]
-            return MultiStepLRScheduler(optimizer, decay_t=list(steps), decay_rate=0.1, **warm)
+            steps = [round(epoch * updates_per_epoch) + 1 for epoch in hparams["milestones"]]  # timm lowers the rate one update early
+            return MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=0.1, warmup_prefix=False, **warm)
         return super().schedule(optimizer, updates_per_epoch, updates, warmup)

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
@@ -99,7 +100,12 @@ class DetectionTask(DenseTask):
         if grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         kinds = ("bbox", "segm") if detector == "mask_rcnn" else ("bbox",)
-        self.precision_of = MeanAveragePrecision(iou_type=cast(Any, kinds), backend="faster_coco_eval", class_metrics=True)
+        self.precision_of = MeanAveragePrecision(
+            iou_type=cast(Any, kinds),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),  # its own are rounded to float32, and miss recalls that are reached exactly
+            backend="faster_coco_eval",
+            class_metrics=True,
+        )
         self.class_scores: list[ClassAP] = []  # of the last evaluation
 
     def forward(self, images: list[Tensor]) -> list[Boxes]:
