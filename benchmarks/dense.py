@@ -1,7 +1,7 @@
 """The dense path against timm's peers, side by side: python benchmarks/dense.py [--device cuda] [--rounds 5]
 
-Backbones alone and whole models (Semantic FPN, UPerNet, RetinaNet, Mask R-CNN) at 512x512 and at 800x1344, one image, in evaluation mode and
-random weights. Times are medians of alternated runs in one process; memory is the peak above the loaded model of one further process each.
+Backbones alone and whole models (Semantic FPN, UPerNet, RetinaNet, Mask R-CNN) at 512x512 and at 800x1344, one image, in evaluation mode
+and random weights. Times are medians of alternated runs in one process; memory is the peak above the loaded model of one further process each.
 With random weights a detector's boxes are all alike in score: what it spends on them is that of a thousand proposals.
 """
 
@@ -83,9 +83,8 @@ def main() -> None:
             seconds = bench.alternate(
                 {name: step(model, SIZES[size], options.device) for name, model in models.items()}, options.rounds, warmup=1, progress=True
             )
-            memory = {
-                n: call(__file__, dict(name=n, part=part, size=size, device=options.device, threads=options.threads)) for n in BACKBONES
-            }
+            case = dict(part=part, size=size, device=options.device, threads=options.threads)
+            memory = {name: call(__file__, case | dict(name=name)) for name in BACKBONES}
             for name, model in models.items():
                 parameters = sum(p.numel() for p in model.parameters()) / 1e6
                 row = {"model": part, "size": size, "backbone": name.partition("_patch")[0], "params M": round(parameters, 1)}

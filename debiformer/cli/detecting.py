@@ -38,13 +38,13 @@ def run(arguments: list[str]) -> int:
     images: list[dict[str, Any]] = []
     with (options.output / "detections.json").open("w", encoding="utf-8") as file:
         file.write('{"annotations": [')  # one after the other: they need not fit into memory
-        first = True
+        count = 0
         for path, name, image in each(names):
             found = detect(task, normalized(task, image), options.min_score)
             images.append(dict(id=len(images) + 1, file_name=shown(path), width=image.width, height=image.height))
             for row in rows(found, len(images)):
-                file.write(("\n" if first else ",\n") + json.dumps(row))
-                first = False
+                count += 1
+                file.write(("\n" if count == 1 else ",\n") + json.dumps({"id": count} | row))
             if options.draw:
                 write(draw(image, found, classes, default_palette(len(classes))), options.output / "pictures" / name.with_suffix(".jpg"))
         categories = [dict(id=number, name=name) for number, name in enumerate(classes, 1)]
