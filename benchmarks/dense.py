@@ -1,8 +1,8 @@
 """The dense path against timm's peers, side by side: python benchmarks/dense.py [--device cuda] [--rounds 5]
 
-Backbones alone and whole models (Semantic FPN, UPerNet, RetinaNet, Mask R-CNN) at 512x512 and at 800x1344, one image, in evaluation mode
-and random weights. Times are medians of alternated runs in one process; memory is the peak above the loaded model of one further process each.
-With random weights a detector's boxes are all alike in score: what it spends on them is that of a thousand proposals.
+Backbones alone and whole models (Semantic FPN, UPerNet, RetinaNet, Mask R-CNN) at 512x512 and at 800x1344: one image, evaluation mode,
+random weights. Times are medians of alternated runs in one process; memory is the peak above the loaded model, in a process for each. With
+random weights all boxes have about the same score, so that a detector works on as many as it ever does.
 """
 
 import argparse
