@@ -42,7 +42,7 @@ class TestTransformers:
         from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
         model = UperNetForSemanticSegmentation(
-            UperNetConfig(backbone_config=config, hidden_size=16, num_labels=5, auxiliary_in_channels=96)
+            UperNetConfig(backbone_config=config, hidden_size=16, num_labels=5, auxiliary_in_channels=128)
         )
         step(model, lambda: model(IMAGES, labels=MASKS).loss)
         assert model.eval()(IMAGES).logits.shape == (2, 5, 64, 96)
