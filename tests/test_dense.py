@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from debiformer.cli import main
-from debiformer.cli.training import known_recipes
+from debiformer.cli.training import known_recipes, task_of
 from debiformer.data.blood_cells import SAMPLE
 from debiformer.data.images import read_image
 from debiformer.data.masks import read_classes
@@ -26,7 +26,7 @@ from debiformer.tasks.prediction import load_task
 from debiformer.tasks.segmentation import SegmentationTask
 
 FIELDS = SAMPLE / "fields"
-RECIPES = [name for name in known_recipes() if name.split("/")[0] in ("ade20k", "camvid", "coco", "bloodcells")]
+RECIPES = [name for name, file in known_recipes().items() if task_of([file]) != "classification"]
 QUICK = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 FEW = "{rpn_post_nms_top_n_train: 50, rpn_post_nms_top_n_test: 50, box_batch_size_per_image: 16, box_detections_per_img: 20}"
 NANO = ["--model.backbone", "debiformer_nano", "--model.drop_path_rate", 0.1]

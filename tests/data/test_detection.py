@@ -215,7 +215,7 @@ def test_bundled_fields():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = BloodCellBoxes()
-    assert {split: len(part) for split, part in data.splits.items()} == {"train": 205, "val": 86, "test": 72}
+    assert {split: len(part) for split, part in data.splits.items()} == {"train": 100, "val": 30, "test": 30}
     assert data.class_names == ["platelet", "rbc", "wbc"]
     for split in data.splits:
         for index in range(0, len(data.images(split)), 20):

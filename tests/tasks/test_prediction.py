@@ -105,7 +105,7 @@ class TestLoading:
 
     def test_bare_weights(self, tmp_path):
         torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "bare.pth")
-        with pytest.raises(ValueError, match=r"bare.pth is not from a classification run, it lacks model, class_names"):
+        with pytest.raises(ValueError, match=r"bare.pth is not from a classification run, it lacks class_names"):
             load_classifier(tmp_path / "bare.pth")
 
     def test_code_in_a_pickle_is_not_run(self, tmp_path):
