@@ -141,7 +141,7 @@ class LastCheckpoint(Checkpoint):
         return int(trainer.strategy.reduce(torch.tensor(value, device=trainer.strategy.root_device), reduce_op="max"))
 
     def _write(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.file)
+        trainer.save_checkpoint(self.file, weights_only=False)
         self.written = time.monotonic()
 
     def _end_if(self, asked: bool) -> None:
