@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from debiformer import __version__
-from debiformer.cli import COMMANDS, main
+from debiformer.cli import COMMANDS, main, written_by_us
 from debiformer.cli.training import known_recipes, task_of
 from debiformer.data.blood_cells import SAMPLE
 
@@ -98,6 +98,13 @@ class TestCommands:
         assert f'debiformer {command} needs torchmetrics: pip install "debiformer[train]"' in capsys.readouterr().err
 
 
+def test_a_cause_that_was_never_raised_is_no_obstacle():
+    """Some libraries make an error the cause of another without raising it."""
+    with pytest.raises(RuntimeError) as found:
+        raise RuntimeError("no network") from OSError("made, and not raised")
+    assert written_by_us(found.value) is None
+
+
 class TestFit:
     def test_a_run_leaves_its_best_and_last_checkpoint_logs_and_config(self, inside):
         run = Path("runs/small")
@@ -126,6 +133,21 @@ class TestFit:
             "runs/small holds a run with other settings: data.init_args.crop_pct was 0.875 and is 0.9, model.lr was 0.002 and is 0.5. Go on"
         )
         assert told in capsys.readouterr().err
+
+    def test_other_images_in_the_same_number_are_told(self, inside):
+        shutil.copytree("data", "others")
+        with pytest.warns(UserWarning, match="goes on as if the images were the same: data.init_args.root was data and is others"):
+            assert main(["fit", "--config", "small.yaml", "--data.root", "others"]) == 0
+
+    def test_two_processes_do_not_train_the_same_run(self, inside, capsys):
+        lock = "file = open('runs/small/.lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX)"
+        holder = f"import fcntl, sys; {lock}; print(flush=True); sys.stdin.read()"
+        with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            assert main(["fit", "--config", "small.yaml", "--data.root", "data"]) == 2
+            process.stdin.close()
+        assert "runs/small is being trained by another process: wait for it, or" in capsys.readouterr().err
+        assert main(["fit", "--config", "small.yaml", "--data.root", "data"]) == 0
 
     def test_a_killed_run_goes_on_with_the_same_command(self, inside):
         command = ("fit", "--config", "small.yaml", "--data.root", "data", "--name", "killed", "--trainer.max_epochs", "20")

@@ -135,12 +135,12 @@ def cut_after(writes: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LastCheckpoint, "_write", write_and_cut)
 
 
-def ask_to_end_in_the_second_epoch(patch: pytest.MonkeyPatch) -> None:
+def ask_to_end_in_the_second_epoch(patch: pytest.MonkeyPatch, signum: int) -> None:
     step = ClassificationTask.training_step
 
     def step_and_ask(self, batch, batch_idx):
         if self.trainer.current_epoch == 1 and batch_idx == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
         return step(self, batch, batch_idx)
 
     patch.setattr(ClassificationTask, "training_step", step_and_ask)
@@ -194,7 +194,8 @@ class TestCutOff:
         best = [torch.load(folder / "runs/run/checkpoints/best.ckpt", weights_only=True) for folder in folders.values()]
         assert_same(best[0]["state_dict"], best[1]["state_dict"])
 
-    def test_a_run_that_is_asked_to_end_does_so_between_two_updates(self, images, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_a_run_that_is_asked_to_end_does_so_between_two_updates(self, images, tmp_path, monkeypatch, signum, code):
         line = ["--config", "small.yaml", "--name", "run", "--trainer.accumulate_grad_batches", "3", "--checkpoint_minutes", "1000"]
         for name in ("whole", "asked"):
             folder = images / f"{name}-{tmp_path.name}"
@@ -203,14 +204,35 @@ class TestCutOff:
             Path("small.yaml").write_text(SMALL)
             if name == "asked":
                 with monkeypatch.context() as patch:
-                    ask_to_end_in_the_second_epoch(patch)
+                    ask_to_end_in_the_second_epoch(patch, signum)
                     with pytest.raises(SystemExit) as stop:
                         run("fit", line)
-                assert stop.value.code == 143
+                assert stop.value.code == code
                 assert (ended(folder)["epoch"], ended(folder)["global_step"]) == (1, 3)  # two updates in the first epoch, one in this
             run("fit", line)
         for part in ("state_dict", "optimizer_states", "global_step"):
             assert_same(ended(folder)[part], ended(images / f"whole-{tmp_path.name}")[part], part)
+
+    def test_a_run_that_is_asked_to_end_before_its_first_update_does_so_there(self, images, tmp_path, monkeypatch):
+        folder = images / tmp_path.name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        Path("small.yaml").write_text(SMALL)
+        check, line = ClassificationTask.validation_step, ["--config", "small.yaml", "--name", "run"]
+
+        def check_and_ask(self, batch, batch_idx):
+            assert self.trainer.sanity_checking
+            os.kill(os.getpid(), signal.SIGTERM)
+            return check(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ClassificationTask, "validation_step", check_and_ask)
+            with pytest.raises(SystemExit) as stop:
+                run("fit", [*line, "--trainer.num_sanity_val_steps", "2"])
+        assert stop.value.code == 143
+        assert not list(folder.glob("runs/run/checkpoints/*"))
+        run("fit", [*line, "--trainer.max_epochs", "1"])  # and other settings are no obstacle: nothing was begun
+        assert ended(folder)["epoch"] == 0
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -71,10 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
 def written_by_us(error: BaseException | None) -> BaseException | None:
     """The error itself, or what caused it, if this package raised it for the user to read: a traceback would bury it."""
     while error is not None:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError | OSError | RuntimeError | ImportError | FloatingPointError) and raised_in.is_relative_to(
-            Path(__file__).parents[1]
-        ):
+        frames = traceback.extract_tb(error.__traceback__)  # none of a cause that was never raised itself
+        ours = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+        if ours and isinstance(error, ValueError | OSError | RuntimeError | ImportError | FloatingPointError):
             return error
         error = error.__cause__
     return None

@@ -1,8 +1,10 @@
 """Commands fit, validate and test: Lightning's CLI with recipes by name, one folder per run, and nothing overwritten."""
 
 import argparse
+import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from ..data.base import BaseData
+from ..data.base import BaseData, IndexedData
 from ..nearest import did_you_mean
 from ..progress import StopAfter
 from ..tasks.checkpointing import TEMPORARY, LastCheckpoint, WholeCheckpoints, read_content, verify
@@ -27,12 +29,13 @@ USAGE = {
     "validate": "debiformer validate --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
     "test": "debiformer test --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
 }
-MAY_CHANGE = {  # between two starts of a run: where and how it runs; that batches stay the same, the data module sees to
+LOCK = ".lock"  # in the folder of a run
+PLACES = {f"data.init_args.{place}" for place in ("path", "root", "train", "train_root", "val", "val_list", "val_root")}  # of images
+MAY_CHANGE = PLACES | {  # between two starts of a run: where and how it runs; that batches stay the same, the data module sees to
     "ckpt_path",
     "data.init_args.batch_size",
     "data.init_args.max_damaged",
     "data.init_args.num_workers",
-    *(f"data.init_args.{place}" for place in ("path", "root", "train", "train_root", "val", "val_list", "val_root")),
     "model.on_nonfinite",
     "trainer.accelerator",
     "trainer.default_root_dir",
@@ -180,7 +183,7 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add --name, and link the data into the model."""
-        parser.add_argument("--name", default=self.run_name, help="Name of the run: its folder in trainer.default_root_dir.")
+        parser.add_argument("--name", type=str | None, help="Name of the run and its folder. Default: the recipe's.")
         parser.add_argument("--task", choices=[self.task], default=self.task, help="What is trained; recipes say it.")
         parser.add_argument("--checkpoint_minutes", type=float, default=10.0, help="Minutes from one last.ckpt to the next.")
         for name in self.kind.from_data:
@@ -196,6 +199,7 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder and the checkpoint before any work begins."""
         config = self.config[self.subcommand]
+        config.name = config.name or self.run_name
         self.folder = Path(config.trainer.default_root_dir) / config.name
         if self.subcommand != "fit":
             hparams = self.read(config.ckpt_path)["hyper_parameters"]
@@ -230,7 +234,7 @@ class TrainingCLI(LightningCLI):
         """
         begun = self.folder / "config.yaml"
         if not begun.is_file():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if self.folder.exists() and any(file.name != LOCK for file in self.folder.iterdir()):
                 raise FileExistsError(f"{self.folder} is no run of debiformer fit, it has no {begun.name}: name another folder with --name")
             existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
             try:
@@ -246,7 +250,10 @@ class TrainingCLI(LightningCLI):
             return
         now = _flat(self.settings())
         then = _flat(yaml.safe_load(begun.read_text()))
-        changed = [name for name in sorted(then | now) if then.get(name) != now.get(name) and name not in MAY_CHANGE]
+        differ = [name for name in sorted(then | now) if then.get(name) != now.get(name)]
+        for name in PLACES.intersection(differ):
+            rank_zero_warn(f"{self.folder} goes on as if the images were the same: {name} was {then.get(name)} and is {now.get(name)}")
+        changed = [name for name in differ if name not in MAY_CHANGE]
         if changed:
             told = ", ".join(f"{name} was {then.get(name)} and is {now.get(name)}" for name in changed)
             raise ValueError(
@@ -317,12 +324,37 @@ class TrainingCLI(LightningCLI):
     @rank_zero_only
     def before_fit(self) -> None:
         """Keep the settings, which tell a run from another and from anything else: whole, and before other files are there."""
+        self.lock()
+        print(f"classes     {listed(self.model.hparams['class_names'])}")
+        if self.config[self.subcommand].ckpt_path:
+            print(f"goes on     from {self.config[self.subcommand].ckpt_path}; another run takes another --name")
         config = self.folder / "config.yaml"
         if not config.is_file() or not self.has_checkpoints():
             self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = config.with_name("config.yaml" + TEMPORARY)
             unfinished.write_text(yaml.safe_dump(self.settings(), sort_keys=False))
             unfinished.replace(config)
+
+    def lock(self) -> None:
+        """Keep a second process from training the same run, until this one ends, however it does.
+
+        Raises:
+            RuntimeError: If another one has it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":  # which has no such locks
+            return
+        import fcntl
+
+        self.locked = (self.folder / LOCK).open("w")
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it, and may live on for a moment
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"{self.folder} is being trained by another process: wait for it, or begin another run with --name"
+            ) from error
+        except OSError as error:  # some network disks know no locks
+            rank_zero_warn(f"{self.folder} cannot be locked ({error.strerror}): see that no other process trains the same run")
 
     def validate(self, **_: Any) -> None:
         """Evaluate the weights of a checkpoint on the validation images."""
@@ -351,8 +383,14 @@ class TrainingCLI(LightningCLI):
         print(f"best        {best} ({self.kind.monitor} {self.best.best_model_score:.4f})")
         print(f"last        {best.with_name('last.ckpt')}")
         print(f"curves      tensorboard --logdir {self.folder}")
-        print(f"to test     debiformer test --ckpt_path {best}")
+        command = "validate" if isinstance(self.datamodule, IndexedData) and not self.datamodule.has("test") else "test"
+        print(f"to test     debiformer {command} --ckpt_path {best}")
         print(f"to predict  debiformer predict --checkpoint {best} IMAGE_OR_FOLDER")
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """How many names there are, and the first of them."""
+    return f"{len(names)}: {', '.join(names[:most])}{' ...' if len(names) > most else ''}"
 
 
 class ProgressBar(RichProgressBar):

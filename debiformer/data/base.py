@@ -261,6 +261,14 @@ class IndexedData(BaseData, ABC):
     def collate(self, training: bool) -> Callable[[Sequence[Sample]], ImageBatch]:
         """What makes a batch of samples."""
 
+    def has(self, split: str) -> bool:
+        """Whether there are images of `train`, `val` or `test`."""
+        try:
+            self.images(split)
+        except ValueError:
+            return False
+        return True
+
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches, all of one size; after a restart, those that the run had not yet seen."""
         images = self.images("train")

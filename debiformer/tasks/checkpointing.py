@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from .. import __version__
 
+DUE = 1  # a reason to write a checkpoint: less than any signal that asks a run to end
 TEMPORARY = ".unfinished"  # suffix of a file that is being written
 
 
@@ -48,7 +50,8 @@ class WholeCheckpoints(TorchCheckpointIO):
             os.close(folder)
         except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
             unfinished.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
+            free = shutil.disk_usage(target.parent).free / 1e6 if target.parent.is_dir() else 0
+            reason = getattr(error, "strerror", None) or f"{error}, with {free:.1f} MB free on the disk"
             kept = "the one before it is whole" if target.exists() else "there is none before it"
             raise OSError(
                 f"checkpoint {target} cannot be written: {reason}; {kept}. Make room or mend the folder, and run again"
@@ -62,7 +65,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 def verify(file: Path) -> None:
     """Raise a ValueError unless the checksums that torch wrote into a checkpoint are right."""
-    remedy = "remove it and take another, such as best.ckpt beside it"
+    remedy = "put another one in its place, such as best.ckpt beside it"
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -111,13 +114,14 @@ class LastCheckpoint(Checkpoint):
     """Keeps `folder/last.ckpt`: after every epoch, every `minutes` in between, and when SIGTERM asks the run to end.
 
     It is written between two updates, with no gradient pending, and after the validation that is due, so that the run goes on from it as
-    if it had never stopped. A run that was asked to end does so there, with exit code 143.
+    if it had never stopped. A run that was asked to end does so there, with exit code 143, or 130 after Ctrl-C; before its first update
+    it ends without a checkpoint.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self.file, self.seconds = folder / "last.ckpt", 60 * minutes
         self.written = time.monotonic()
-        self.asked_to_end = False
+        self.asked_to_end = 0  # by this signal
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove what a run that was killed while writing left.
@@ -136,15 +140,30 @@ class LastCheckpoint(Checkpoint):
             for file in self.file.parent.glob(f"*{TEMPORARY}"):
                 file.unlink()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen for SIGTERM: Lightning's own answer is to stop after the batch, wherever in an update that is."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen for SIGTERM and Ctrl-C: Lightning's own answer is to stop after the batch, wherever in an update that is."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, partial(self._ask_to_end, trainer))
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, partial(self._ask_to_end, trainer))
+
+    on_sanity_check_start = on_fit_start  # Lightning sets handlers of its own in between
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen again, and end a run that was asked to before its first update: there is nothing to be kept."""
+        self.on_fit_start(trainer, pl_module)
+        signum = self._most(trainer, self.asked_to_end or (signal.SIGTERM if trainer.received_sigterm else 0))
+        if signum:
+            rank_zero_info("asked to end before the first update")
+            raise SystemExit(128 + signum)
 
     def _ask_to_end(self, trainer: Trainer, signum: int, frame: Any) -> None:
-        if not self.asked_to_end and trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signum)  # processes that this one started
-        self.asked_to_end = True
+        if self.asked_to_end and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        if signum == signal.SIGTERM and not self.asked_to_end and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signum)  # processes that this one started; Ctrl-C reaches them by itself
+        if signum == signal.SIGINT:
+            rank_zero_info("the run ends after this update; Ctrl-C once more ends it at once, and loses what last.ckpt has not yet")
+        self.asked_to_end = signum
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write where it is time, unless validation comes first."""
@@ -162,24 +181,24 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write; validation is over by now."""
         self._write(trainer)
-        self._end_if(bool(self._most(trainer, self.asked_to_end)))
+        self._end_if(self._most(trainer, self.asked_to_end))
 
     def _write_if_due(self, trainer: Trainer) -> None:
         late = trainer.is_global_zero and time.monotonic() - self.written >= self.seconds  # by the clock of the first process
-        reason = self._most(trainer, 2 if self.asked_to_end else int(late))
+        reason = self._most(trainer, self.asked_to_end or (DUE if late else 0))
         if reason:
             self._write(trainer)
-            self._end_if(reason == 2)
+            self._end_if(reason if reason != DUE else 0)
 
     def _most(self, trainer: Trainer, value: int) -> int:
         """The largest value of all processes, which take part in writing together."""
         return int(trainer.strategy.reduce(torch.tensor(value, device=trainer.strategy.root_device), reduce_op="max"))
 
     def _write(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.file)
+        trainer.save_checkpoint(self.file, weights_only=False)
         self.written = time.monotonic()
 
-    def _end_if(self, asked: bool) -> None:
-        if asked:
+    def _end_if(self, signum: int) -> None:
+        if signum:
             rank_zero_info(f"asked to end: {self.file} is written, and the same command goes on from it")
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(128 + signum)

@@ -28,7 +28,7 @@ def test_damage_is_found_on_reading(tmp_path, damage):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"last.ckpt is damaged"):
         io.load_checkpoint(file)
-    with pytest.raises(ValueError, match=r"remove it and take another, such as best.ckpt"):
+    with pytest.raises(ValueError, match=r"put another one in its place, such as best.ckpt"):
         verify(file)
 
 
