@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from debiformer.cli import COMMANDS, labelling, main, share
+from debiformer.cli import COMMANDS, detecting, labelling, main, segmenting, share
 from debiformer.models import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,8 @@ def test_commands_parse(line, tmp_path, monkeypatch, capsys):
             main(["fit", *arguments, "--print_config"])
         assert "class_path" in capsys.readouterr().out
     if name == "predict":
-        labelling.parse(arguments)
+        parse = segmenting.parse if "semantic_fpn" in line else detecting.parse if "retinanet" in line else labelling.parse
+        parse(arguments)
     if name == "share":
         share.parse(arguments)
 

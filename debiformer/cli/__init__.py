@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .. import __version__
 from ..nearest import did_you_mean
 
-EXTRAS = {"train": ("lightning", "jsonargparse", "torchmetrics", "tensorboard", "rich"), "explain": ("matplotlib",)}
+EXTRAS = {"train": ("lightning", "jsonargparse", "torchmetrics", "tensorboard", "rich", "faster_coco_eval"), "explain": ("matplotlib",)}
 
 
 class Command(NamedTuple):

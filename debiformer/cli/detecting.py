@@ -1,5 +1,6 @@
 """Command predict with a checkpoint of detection: boxes in COCO's format, and masks where the detector gives them."""
 
+import argparse
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -26,11 +27,7 @@ def run(arguments: list[str]) -> int:
         PermissionError: If the output folder cannot be written.
         ValueError: If an argument or the checkpoint will not do.
     """
-    parser = parser_for("detection: detections.json in COCO's format")
-    parser.add_argument("--min-score", type=float, default=0.3, help="least score of what is written, 0 to 1 (default 0.3)")
-    options = parser.parse_args(arguments)
-    if not 0 <= options.min_score <= 1:
-        raise ValueError(f"--min-score {options.min_score} is not between 0 and 1")
+    options = parse(arguments)
     names = find(options.images)
     task = load_task(DetectionTask, options.checkpoint, options.device)
     check_folder(options.output)
@@ -51,6 +48,16 @@ def run(arguments: list[str]) -> int:
         file.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(categories)}}}\n')
     print(f"written  {options.output / 'detections.json'}, of {len(images)} images")
     return 0 if images else 1
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of predict for detection, checked before any work is done."""
+    parser = parser_for("detection: detections.json in COCO's format")
+    parser.add_argument("--min-score", type=float, default=0.3, help="least score of what is written, 0 to 1 (default 0.3)")
+    options = parser.parse_args(arguments)
+    if not 0 <= options.min_score <= 1:
+        parser.error(f"--min-score {options.min_score} is not between 0 and 1")
+    return options
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Command predict with a checkpoint of segmentation: a mask for every image."""
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +25,7 @@ def run(arguments: list[str]) -> int:
         PermissionError: If the output folder cannot be written.
         ValueError: If an argument or the checkpoint will not do.
     """
-    parser = parser_for("segmentation: masks as PNG with the colours of the classes")
-    parser.add_argument("--short-side", type=int, help="pixels of an image's shorter side; 0 keeps its size (default: as in evaluation)")
-    parser.add_argument("--window", type=int, help="height and width of windows that slide over the image (default: as in evaluation)")
-    parser.add_argument("--stride", type=int, help="pixels from one window to the next (default: two thirds of the window)")
-    parser.add_argument("--scales", type=float, nargs="+", help="factors on the size, to average over (default: as in evaluation)")
-    parser.add_argument("--flip", action="store_true", help="see each scale in the mirror too")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     names = find(options.images)
     task = load_task(SegmentationTask, options.checkpoint, options.device)
     given = {"window": options.window, "stride": options.stride, "scales": options.scales and tuple(options.scales)}
@@ -49,6 +44,17 @@ def run(arguments: list[str]) -> int:
         done += 1
     print(f"written  {done} masks in {options.output / 'masks'}")
     return 0 if done else 1
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of predict for segmentation."""
+    parser = parser_for("segmentation: masks as PNG with the colours of the classes")
+    parser.add_argument("--short-side", type=int, help="pixels of an image's shorter side; 0 keeps its size (default: as in evaluation)")
+    parser.add_argument("--window", type=int, help="height and width of windows that slide over the image (default: as in evaluation)")
+    parser.add_argument("--stride", type=int, help="pixels from one window to the next (default: two thirds of the window)")
+    parser.add_argument("--scales", type=float, nargs="+", help="factors on the size, to average over (default: as in evaluation)")
+    parser.add_argument("--flip", action="store_true", help="see each scale in the mirror too")
+    return parser.parse_args(arguments)
 
 
 def normalized(task: DenseTask, image: Image.Image) -> Tensor:
