@@ -1,0 +1,117 @@
+"""Real runs of the dense tasks, from scratch, in the same recipe: python benchmarks/dense_runs.py camvid --root camvid [--epochs 8]
+
+camvid: Semantic FPN on the 367 training images of CamVid; mean IoU on its 101 validation images as training goes, and on its 233 test
+images at the end. bccd: RetinaNet on the bundled blood cells; average precision likewise. DeBiFormer against timm's models in the recipes
+camvid/semantic_fpn_nano and bloodcells/retinanet_nano, whose backbone alone changes. Each run is a process of its own in --folder,
+and goes on where it was cut off when the same command is given again. Prints the table, draws results/NAME.png; --plot draws it again.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import torch
+from matplotlib import pyplot as plt
+from record import RESULTS, save
+
+from debiformer.cli import bench
+from debiformer.cli.training import run
+
+NANO, OURS = "debiformer_nano", dict(feature_norms=True, region_grid=[8, 8])
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # name in the figure: timm's name, arguments, colour of Okabe and Ito's palette
+    "DeBiFormer-nano": (NANO, OURS, "#56B4E9"),
+    "DeBiFormer-T": ("debiformer_tiny", OURS, "#0072B2"),
+    "ResNet-18": ("resnet18", {}, "#CC79A7"),
+    "ResNet-50": ("resnet50", {}, "#009E73"),
+    "Swin-T": ("swin_tiny_patch4_window7_224", dict(img_size=224, strict_img_size=False), "#D55E00"),
+}
+METRICS = {"camvid": ("miou", "mean IoU"), "bccd": ("map", "AP")}
+
+
+def line(task: str, name: str, options: argparse.Namespace) -> list[str]:
+    """The arguments of fit."""
+    backbone, backbone_args, _ = MODELS[name]
+    recipe = {"camvid": "camvid/semantic_fpn_nano", "bccd": "bloodcells/retinanet_nano"}[task]
+    where = ["--data.root", options.root] if task == "camvid" else []
+    model = ["--model.backbone", backbone, "--model.backbone_args", json.dumps(backbone_args)]
+    length = ["--trainer.max_epochs", options.epochs, "--trainer.check_val_every_n_epoch", max(options.epochs // 4, 1)]
+    place = ["--trainer.default_root_dir", options.folder, "--name", f"{task}_{name.lower()}_{options.epochs}", "--data.num_workers", 0]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", options.accelerator]
+    return [str(part) for part in ["--config", recipe, *where, *model, *length, *place, *quiet]]
+
+
+def train(task: str, name: str, options: argparse.Namespace) -> None:
+    """Train a model to its end, and test it."""
+    torch.set_num_threads(options.threads)
+    run("fit", line(task, name, options))
+    run("test", ["--ckpt_path", str(folder_of(task, name, options) / "checkpoints/last.ckpt")])
+
+
+def folder_of(task: str, name: str, options: argparse.Namespace) -> Path:
+    """The folder of a run."""
+    return Path(options.folder, f"{task}_{name.lower()}_{options.epochs}")
+
+
+def result(task: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a run came to."""
+    folder, metric = folder_of(task, name, options), METRICS[task][0]
+    rows = [row for file in sorted(folder.glob("csv/*/metrics.csv")) for row in csv.DictReader(file.open())]
+    curve = {int(row["epoch"]) + 1: float(row[f"val/{metric}"]) for row in rows if row.get(f"val/{metric}")}
+    scores = json.loads((folder / "evaluation/test/metrics.json").read_text())["scores"]
+    parameters = sum(v.numel() for v in torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"].values())
+    row = {"model": name, "params M": round(parameters / 1e6, 2), "epochs": options.epochs, f"test {metric}": round(scores[metric], 4)}
+    return row | {"curve": list(curve.items())}
+
+
+def plot(task: str, rows: list[dict[str, Any]]) -> Path:
+    """The metric on the validation images over the epochs."""
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for row in rows:
+        epochs, values = zip(*row["curve"], strict=True)
+        axes.plot(epochs, [100 * value for value in values], color=MODELS[row["model"]][2], marker="o", markersize=4, label=row["model"])
+    axes.legend(frameon=False)
+    axes.set(xlabel="epochs", ylabel=f"{METRICS[task][1]} on the validation images, %", title={"camvid": "CamVid", "bccd": "BCCD"}[task])
+    figure.savefig(RESULTS / f"{task}.png", dpi=110)
+    return RESULTS / f"{task}.png"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=METRICS)
+    parser.add_argument("--root", help="folder of CamVid's images and annotations")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--folder", default="runs/dense")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--plot", action="store_true")
+    options = parser.parse_args()
+    if options.one:
+        return train(options.task, options.one, options)
+    if options.plot:
+        print(plot(options.task, json.loads((RESULTS / f"{options.task}.json").read_text())["results"]))
+        return None
+    if options.task == "camvid" and not options.root:
+        parser.error("camvid needs --root")
+    rows = []
+    for name in options.models:
+        bench.tell(name)
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name], check=True, stdout=subprocess.DEVNULL)
+        rows.append(result(options.task, name, options))
+        save(options.task, rows, packages=["lightning"])  # whatever has been measured, should the rest be cut off
+    print(bench.table([{key: value for key, value in row.items() if key != "curve"} for row in rows]))
+    print(plot(options.task, rows))
+    return None
+
+
+if __name__ == "__main__":
+    main()
