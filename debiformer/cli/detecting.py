@@ -14,9 +14,8 @@ from ..models.detector import Boxes
 from ..tasks.detection import DetectionTask
 from ..tasks.prediction import load_task
 from .labelling import shown
-from .pictures import each, find, parser_for
+from .pictures import each, find, normalized, parser_for, write
 from .reporting import check_folder
-from .segmenting import normalized, write
 
 
 def run(arguments: list[str]) -> int:

@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from ..data.images import read_image
 from ..data.masks import default_palette
 from ..explain.boxes import draw
+from ..models.detector import Boxes
 from ..tasks.detection import DetectionTask
 from ..tasks.evaluation import Stopwatch, run
-from .reporting import Job, show, speed, write
+from .reporting import Job, Pictures, show, speed, write
 
 ROWS = {"map": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium", "ap_large": "AP large"}
 
@@ -39,7 +40,7 @@ def report(trainer: Trainer, task: DetectionTask, data: LightningDataModule, com
     job = Job.of(trainer, task, data, command, options)
     job.check()
     stopwatch = Stopwatch()
-    pictures = Pictures(options.pictures, options.min_score, job.folder / "pictures", task.hparams["class_names"])
+    pictures = Detections(options.pictures, job.folder / "pictures", options.min_score, task.hparams["class_names"])
     found = run(trainer, task, data, command, stopwatch, pictures)
     if not trainer.is_global_zero:
         return
@@ -69,43 +70,15 @@ def precision(value: float) -> str:
     return "-" if value < 0 else f"{value:.4f}"
 
 
-class Pictures(Callback):
-    """Draws the first images of an evaluation: what was found on the left, what was given on the right.
+class Detections(Pictures):
+    """What was found with at least `min_score` on the left, what was given on the right; `names` are those of the classes."""
 
-    Args:
-        count: How many.
-        min_score: Least score of what is drawn.
-        folder: Where to.
-        names: Of the classes.
+    def __init__(self, count: int, folder: Path, min_score: float, names: list[str]) -> None:
+        super().__init__(count, folder)
+        self.min_score, self.names, self.palette = min_score, names, default_palette(len(names))
 
-    Attributes:
-        written: The files.
-    """
-
-    def __init__(self, count: int, min_score: float, folder: Path, names: list[str]) -> None:
-        self.count, self.min_score, self.folder, self.names = count, min_score, folder, names
-        self.written: list[Path] = []
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Draw what is still to be drawn."""
-        if not trainer.is_global_zero:
-            return
-        for name, found, given in zip(batch.names, outputs["found"], batch.targets, strict=True):
-            if len(self.written) == self.count:
-                return
-            if given is None:
-                continue
-            image, palette = read_image(name), default_palette(len(self.names))
-            kept = {key: value[found["scores"] >= self.min_score].cpu() for key, value in found.items()}
-            left = draw(image, kept, self.names, palette)
-            right = draw(image, {key: given[key].cpu() for key in ("boxes", "labels")}, self.names, palette)
-            row = left.resize((2 * left.width, left.height))
-            row.paste(left, (0, 0))
-            row.paste(right, (left.width, 0))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.written.append(self.folder / f"{len(self.written)}_{Path(name).stem}.jpg")
-            row.save(self.written[-1], quality=90)
-
-    on_test_batch_end = on_validation_batch_end
+    def draw(self, image: Image.Image, found: Boxes, given: Boxes) -> list[Image.Image]:
+        """The two pictures."""
+        kept = {name: value[found["scores"] >= self.min_score].cpu() for name, value in found.items()}
+        right = {name: given[name].cpu() for name in ("boxes", "labels")}
+        return [draw(image, boxes, self.names, self.palette) for boxes in (kept, right)]

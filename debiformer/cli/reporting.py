@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from math import isfinite
@@ -11,15 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torchmetrics
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from ..data.images import read_image
 from ..tasks.checkpointing import versions
 from ..tasks.evaluation import evaluation_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+WIDEST = 1600  # pixels of a row of pictures
 
 
 class Job(NamedTuple):
@@ -61,6 +67,53 @@ class Job(NamedTuple):
         """What was done where, for the screen."""
         processes = f", {self.trainer.world_size} processes" if self.trainer.world_size > 1 else ""
         return f"{self.command} on {device_name(self.trainer.strategy.root_device)}{processes}"
+
+
+class Pictures(Callback):
+    """Draws the first images of an evaluation with what was found and what was given; a subclass says how.
+
+    Args:
+        count: How many.
+        folder: Where to.
+
+    Attributes:
+        written: The files.
+    """
+
+    def __init__(self, count: int, folder: Path) -> None:
+        self.count, self.folder = count, folder
+        self.written: list[Path] = []
+
+    def draw(self, image: Image.Image, found: Any, given: Any) -> list[Image.Image]:
+        """The pictures that stand side by side."""
+        raise NotImplementedError
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Draw what is still to be drawn; what stands in for an image that could not be read is left out."""
+        if not trainer.is_global_zero:
+            return
+        for name, found, given in zip(batch.names, outputs["found"], batch.targets, strict=True):
+            if len(self.written) == self.count:
+                return
+            if not name or given is None:
+                continue
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.written.append(self.folder / f"{len(self.written)}_{Path(name).stem}.jpg")
+            in_a_row(self.draw(read_image(name), found, given)).save(self.written[-1], quality=90)
+
+    on_test_batch_end = on_validation_batch_end
+
+
+def in_a_row(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side, made smaller where they would be very wide."""
+    width, height = pictures[0].size
+    row = Image.new("RGB", (len(pictures) * width, height))
+    for index, picture in enumerate(pictures):
+        row.paste(picture, (index * width, 0))
+    row.thumbnail((WIDEST, WIDEST))
+    return row
 
 
 def check_folder(folder: Path) -> None:

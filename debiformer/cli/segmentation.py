@@ -4,19 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
-from ..data.images import read_image
 from ..data.masks import overlay
 from ..tasks.evaluation import Stopwatch, run
 from ..tasks.segmentation import SegmentationTask
-from .reporting import Job, show, speed, write
-
-SIDE_BY_SIDE = 1600  # pixels that pictures side by side are at most wide
+from .reporting import Job, Pictures, show, speed, write
 
 
 def add_arguments(parser: LightningArgumentParser, command: str) -> None:
@@ -38,7 +36,7 @@ def report(trainer: Trainer, task: SegmentationTask, data: LightningDataModule, 
     """
     job = Job.of(trainer, task, data, command, options)
     job.check()
-    stopwatch, pictures = Stopwatch(), Pictures(options.pictures, job.folder / "pictures", task.hparams["palette"])
+    stopwatch, pictures = Stopwatch(), Masks(options.pictures, job.folder / "pictures", task.hparams["palette"])
     found = run(trainer, task, data, command, stopwatch, pictures)
     if not trainer.is_global_zero:
         return
@@ -64,45 +62,13 @@ def report(trainer: Trainer, task: SegmentationTask, data: LightningDataModule, 
         print(f"written  {file}")
 
 
-class Pictures(Callback):
-    """Draws the first images of an evaluation: as they are, with the mask that was found, and with the one that was given.
-
-    Args:
-        count: How many.
-        folder: Where to.
-        palette: Colours of the classes.
-
-    Attributes:
-        written: The files.
-    """
+class Masks(Pictures):
+    """An image as it is, with the mask that was found, and with the one that was given; `palette` has the colours of the classes."""
 
     def __init__(self, count: int, folder: Path, palette: list[tuple[int, int, int]]) -> None:
-        self.count, self.folder, self.palette = count, folder, palette
-        self.written: list[Path] = []
+        super().__init__(count, folder)
+        self.palette = palette
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Draw what is still to be drawn."""
-        if not trainer.is_global_zero:
-            return
-        for name, found, given in zip(batch.names, outputs["classes"], batch.targets, strict=True):
-            if len(self.written) == self.count:
-                return
-            if name:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.written.append(self.folder / f"{len(self.written)}_{Path(name).stem}.jpg")
-                masks = [mask.cpu().numpy().astype(np.uint8) for mask in (found, given)]
-                side_by_side(read_image(name), masks, self.palette).save(self.written[-1], quality=90)
-
-    on_test_batch_end = on_validation_batch_end
-
-
-def side_by_side(image: Image.Image, masks: list[np.ndarray], palette: list[tuple[int, int, int]]) -> Image.Image:
-    """An image, and the same with each mask over it, in a row."""
-    pictures = [image, *(overlay(image, mask, palette) for mask in masks)]
-    row = Image.new("RGB", (len(pictures) * image.width, image.height))
-    for index, picture in enumerate(pictures):
-        row.paste(picture, (index * image.width, 0))
-    row.thumbnail((SIDE_BY_SIDE, SIDE_BY_SIDE))
-    return row
+    def draw(self, image: Image.Image, found: Tensor, given: Tensor) -> list[Image.Image]:
+        """The three pictures."""
+        return [image, *(overlay(image, mask.cpu().numpy().astype(np.uint8), self.palette) for mask in (found, given))]

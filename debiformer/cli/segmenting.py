@@ -2,18 +2,11 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
-
-import torch
-from PIL import Image
-from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..data.masks import overlay, paint
-from ..tasks.dense import DenseTask
 from ..tasks.prediction import load_task
 from ..tasks.segmentation import SegmentationTask
-from .pictures import each, find, parser_for
+from .pictures import each, find, normalized, parser_for, write
 from .reporting import check_folder
 
 
@@ -55,15 +48,3 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--scales", type=float, nargs="+", help="factors on the size, to average over (default: as in evaluation)")
     parser.add_argument("--flip", action="store_true", help="see each scale in the mirror too")
     return parser.parse_args(arguments)
-
-
-def normalized(task: DenseTask, image: Image.Image) -> Tensor:
-    """An image as a task's model takes it: (3, H, W), on its device."""
-    mean, std = (torch.tensor(task.hparams[name], device=task.device).view(3, 1, 1) for name in ("mean", "std"))
-    return pil_to_tensor(image).to(task.device).float().div_(255).sub_(mean).div_(std)
-
-
-def write(picture: Image.Image, file: Path) -> None:
-    """Write a picture, with the folders above it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(file)

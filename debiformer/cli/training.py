@@ -1,7 +1,6 @@
 """Commands fit, validate and test: Lightning's CLI with recipes by name, one folder per run, and nothing overwritten."""
 
 import argparse
-import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from ..data.base import BaseData, IndexedData
 from ..nearest import did_you_mean
 from ..progress import StopAfter
-from ..tasks.checkpointing import TEMPORARY, LastCheckpoint, WholeCheckpoints, read_content, verify
+from ..tasks.checkpointing import LOCK, TEMPORARY, LastCheckpoint, WholeCheckpoints, hold, read_content, verify
 from ..tasks.processes import check, prepare, started
 from .kinds import KINDS
 
@@ -29,7 +28,6 @@ USAGE = {
     "validate": "debiformer validate --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
     "test": "debiformer test --ckpt_path FILE [--config RECIPE_OR_FILE] [--data.root DIR] [options: see --help]",
 }
-LOCK = ".lock"  # in the folder of a run
 PLACES = {f"data.init_args.{place}" for place in ("path", "root", "train", "train_root", "val", "val_list", "val_root")}  # of images
 MAY_CHANGE = PLACES | {  # between two starts of a run: where and how it runs; that batches stay the same, the data module sees to
     "ckpt_path",
@@ -324,7 +322,7 @@ class TrainingCLI(LightningCLI):
     @rank_zero_only
     def before_fit(self) -> None:
         """Keep the settings, which tell a run from another and from anything else: whole, and before other files are there."""
-        self.lock()
+        self.held = hold(self.folder)
         print(f"classes     {listed(self.model.hparams['class_names'])}")
         if self.config[self.subcommand].ckpt_path:
             print(f"goes on     from {self.config[self.subcommand].ckpt_path}; another run takes another --name")
@@ -334,27 +332,6 @@ class TrainingCLI(LightningCLI):
             unfinished = config.with_name("config.yaml" + TEMPORARY)
             unfinished.write_text(yaml.safe_dump(self.settings(), sort_keys=False))
             unfinished.replace(config)
-
-    def lock(self) -> None:
-        """Keep a second process from training the same run, until this one ends, however it does.
-
-        Raises:
-            RuntimeError: If another one has it.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if sys.platform == "win32":  # which has no such locks
-            return
-        import fcntl
-
-        self.locked = (self.folder / LOCK).open("w")
-        try:
-            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it, and may live on for a moment
-        except BlockingIOError as error:
-            raise RuntimeError(
-                f"{self.folder} is being trained by another process: wait for it, or begin another run with --name"
-            ) from error
-        except OSError as error:  # some network disks know no locks
-            rank_zero_warn(f"{self.folder} cannot be locked ({error.strerror}): see that no other process trains the same run")
 
     def validate(self, **_: Any) -> None:
         """Evaluate the weights of a checkpoint on the validation images."""

@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .base import ImageBatch, IndexedData, Prepare, Sample, collate_sizes
 from .boxes import ImagesWithBoxes, Record, Target
-from .segmentation import color_changes
+from .images import color_changes
 
 
 class DetectionData(IndexedData):

@@ -9,6 +9,7 @@ from typing import IO, Any, cast
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from torch import Tensor
+from torchvision.transforms import v2
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -130,6 +131,12 @@ def train_transform(input_size: tuple[int, int], **options: Any) -> Callable[[Im
 def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
     """Timm's, but that an image of no bits is black, as before Pillow 13 made it an error: RandAugment at its strongest asks for it."""
     return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+def color_changes(strength: float) -> Callable[[Tensor], Tensor]:
+    """Random changes in brightness, contrast, saturation and hue, each for every second image; at 1, as SSD was trained with."""
+    strengths = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.1} if strength else {}
+    return v2.Compose([v2.Identity(), *(v2.RandomApply([v2.ColorJitter(**{name: strength * value})]) for name, value in strengths.items())])
 
 
 def check_preprocessing(

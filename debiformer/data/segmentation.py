@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from .base import ImageBatch, IndexedData, Prepare, Sample, collate_sizes
-from .images import UnreadableImage, find_images, read_image
+from .images import UnreadableImage, color_changes, find_images, read_image
 from .masks import IGNORED, read_classes, read_mask
 
 SPLITS = ("train", "val", "test")
@@ -92,12 +91,6 @@ class TrainingCrops:
         filled = ImageOps.expand(to_pil_image(self.distort(pil_to_tensor(pixels))), (0, 0, right, below), self.fill)
         classes = np.pad(labels, ((0, below), (0, right)), constant_values=IGNORED)
         return pil_to_tensor(filled), torch.from_numpy(classes.astype(np.int16))
-
-
-def color_changes(strength: float) -> Callable[[Tensor], Tensor]:
-    """Random changes in brightness, contrast, saturation and hue, each for every second image; at 1, as SSD was trained with."""
-    strengths = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.1} if strength else {}
-    return v2.Compose([v2.Identity(), *(v2.RandomApply([v2.ColorJitter(**{name: strength * value})]) for name, value in strengths.items())])
 
 
 def scale_to(size: tuple[int, int], short_side: int | None, long_side: int | None) -> float:

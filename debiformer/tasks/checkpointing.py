@@ -4,12 +4,13 @@ import os
 import platform
 import shutil
 import signal
+import sys
 import threading
 import time
 import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import lightning
 import timm
@@ -17,10 +18,11 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from .. import __version__
 
+LOCK = ".lock"  # in the folder of a run
 DUE = 1  # a reason to write a checkpoint: less than any signal that asks a run to end
 TEMPORARY = ".unfinished"  # suffix of a file that is being written
 
@@ -61,6 +63,27 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Read a checkpoint whose checksums are right."""
         verify(Path(path))
         return super().load_checkpoint(path, map_location, weights_only)
+
+
+def hold(folder: Path) -> IO[str] | None:
+    """Keep a second process from training the run of a folder for as long as the file that is returned stays open.
+
+    Raises:
+        RuntimeError: If another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":  # which has no such locks
+        return None
+    import fcntl
+
+    held = (folder / LOCK).open("w")
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it, and may live on for a moment
+    except BlockingIOError as error:
+        raise RuntimeError(f"{folder} is being trained by another process: wait for it, or begin another run with --name") from error
+    except OSError as error:  # some network disks know no locks
+        rank_zero_warn(f"{folder} cannot be locked ({error.strerror}): see that no other process trains the same run")
+    return held
 
 
 def verify(file: Path) -> None:

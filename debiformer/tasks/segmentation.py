@@ -148,11 +148,11 @@ class SegmentationTask(DenseTask):
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, list[Tensor]]:
         """Count a batch of whole images; the classes (H, W) of their pixels, for callbacks."""
-        return {"classes": self._evaluate(batch)}
+        return {"found": self._evaluate(batch)}
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, list[Tensor]]:
         """Count a batch of whole images; the classes (H, W) of their pixels, for callbacks."""
-        return {"classes": self._evaluate(batch)}
+        return {"found": self._evaluate(batch)}
 
     def on_validation_epoch_end(self) -> None:
         """Log val/miou, val/macc and val/aacc, and set `confusion_matrix`."""
