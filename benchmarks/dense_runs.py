@@ -1,9 +1,10 @@
 """Real runs of the dense tasks, from scratch, in the same recipe: python benchmarks/dense_runs.py camvid --root camvid [--epochs 8]
 
 camvid: Semantic FPN on the 367 training images of CamVid; mean IoU on its 101 validation images as training goes, and on its 233 test
-images at the end. bccd: RetinaNet on the bundled blood cells; average precision likewise. DeBiFormer against timm's models in the recipes
-camvid/semantic_fpn_nano and bloodcells/retinanet_nano, whose backbone alone changes. Each run is a process of its own in --folder,
-and goes on where it was cut off when the same command is given again. Prints the table, draws results/NAME.png; --plot draws it again.
+images at the end. camvid_upernet: UPerNet likewise. bccd: RetinaNet on the bundled blood cells; average precision likewise. DeBiFormer
+against timm's models in the recipes camvid/semantic_fpn_nano, camvid/upernet_nano and bloodcells/retinanet_nano, whose backbone alone
+changes. Each run is a process of its own in --folder, and goes on where it was cut off when the same command is given again. Prints the
+table, draws results/NAME.png; --plot draws it again.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -32,16 +33,31 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # name in the figure: ti
     "ResNet-50": ("resnet50", {}, "#009E73"),
     "Swin-T": ("swin_tiny_patch4_window7_224", dict(img_size=224, strict_img_size=False), "#D55E00"),
 }
-METRICS = {"camvid": ("miou", "mean IoU"), "bccd": ("map", "AP")}
+
+
+class Task(NamedTuple):
+    """What is trained, and what it is judged by."""
+
+    recipe: str
+    title: str
+    metric: str
+    axis: str
+
+
+TASKS = {
+    "camvid": Task("camvid/semantic_fpn_nano", "CamVid, Semantic FPN", "miou", "mean IoU"),
+    "camvid_upernet": Task("camvid/upernet_nano", "CamVid, UPerNet", "miou", "mean IoU"),
+    "bccd": Task("bloodcells/retinanet_nano", "Blood cells, RetinaNet", "map", "AP"),
+}
 
 
 def line(task: str, name: str, options: argparse.Namespace) -> list[str]:
     """The arguments of fit."""
     backbone, backbone_args, _ = MODELS[name]
-    recipe = {"camvid": "camvid/semantic_fpn_nano", "bccd": "bloodcells/retinanet_nano"}[task]
-    where = ["--data.root", options.root] if task == "camvid" else []
+    recipe = TASKS[task].recipe
+    where = ["--data.root", options.root] if options.root else []
     model = ["--model.backbone", backbone, "--model.backbone_args", json.dumps(backbone_args)]
-    length = ["--trainer.max_epochs", options.epochs, "--trainer.check_val_every_n_epoch", max(options.epochs // 4, 1)]
+    length = ["--trainer.max_epochs", options.epochs, "--trainer.check_val_every_n_epoch", -(-options.epochs // 4)]
     place = ["--trainer.default_root_dir", options.folder, "--name", f"{task}_{name.lower()}_{options.epochs}", "--data.num_workers", 0]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", options.accelerator]
     return [str(part) for part in ["--config", recipe, *where, *model, *length, *place, *quiet]]
@@ -61,7 +77,7 @@ def folder_of(task: str, name: str, options: argparse.Namespace) -> Path:
 
 def result(task: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a run came to."""
-    folder, metric = folder_of(task, name, options), METRICS[task][0]
+    folder, metric = folder_of(task, name, options), TASKS[task].metric
     rows = [row for file in sorted(folder.glob("csv/*/metrics.csv")) for row in csv.DictReader(file.open())]
     curve = {int(row["epoch"]) + 1: float(row[f"val/{metric}"]) for row in rows if row.get(f"val/{metric}")}
     scores = json.loads((folder / "evaluation/test/metrics.json").read_text())["scores"]
@@ -78,14 +94,14 @@ def plot(task: str, rows: list[dict[str, Any]]) -> Path:
         epochs, values = zip(*row["curve"], strict=True)
         axes.plot(epochs, [100 * value for value in values], color=MODELS[row["model"]][2], marker="o", markersize=4, label=row["model"])
     axes.legend(frameon=False)
-    axes.set(xlabel="epochs", ylabel=f"{METRICS[task][1]} on the validation images, %", title={"camvid": "CamVid", "bccd": "BCCD"}[task])
+    axes.set(xlabel="epochs", ylabel=f"{TASKS[task].axis} on the validation images, %", title=TASKS[task].title)
     figure.savefig(RESULTS / f"{task}.png", dpi=110)
     return RESULTS / f"{task}.png"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=METRICS)
+    parser.add_argument("task", choices=TASKS)
     parser.add_argument("--root", help="folder of CamVid's images and annotations")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--epochs", type=int, default=8)
@@ -100,8 +116,8 @@ def main() -> None:
     if options.plot:
         print(plot(options.task, json.loads((RESULTS / f"{options.task}.json").read_text())["results"]))
         return None
-    if options.task == "camvid" and not options.root:
-        parser.error("camvid needs --root")
+    if options.task.startswith("camvid") != bool(options.root):
+        parser.error("CamVid needs --root, and the bundled blood cells have none")
     rows = []
     for name in options.models:
         bench.tell(name)

@@ -93,7 +93,7 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
         assert main(["average", *files, "--output", "mean.ckpt"]) == 0
         assert main(["fit", "--config", "blood_cells", "--ckpt_path", "mean.ckpt"]) == 2
-        assert "mean.ckpt is a mean of checkpoints, without an optimizer to go on with" in capsys.readouterr().err
+        assert "mean.ckpt was averaged or converted, and has no optimizer to go on with" in capsys.readouterr().err
         assert not (tmp_path / "runs").exists()
 
     @pytest.mark.parametrize(

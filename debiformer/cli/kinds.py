@@ -42,7 +42,7 @@ KINDS = {
     "detection": Kind(
         DetectionTask,
         from_data=("class_names", "mean", "std"),
-        architecture=("backbone", "backbone_args", "detector", "detector_args", "pyramid_channels", "drop_path_rate"),
+        architecture=("backbone", "backbone_args", "detector", "detector_args", "pyramid_channels", "anchor_scale", "drop_path_rate"),
         monitor="val/map",
         add_arguments=detection.add_arguments,
         report=detection.report,

@@ -210,10 +210,10 @@ class TrainingCLI(LightningCLI):
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file():  # also where the run began with another checkpoint
             config.ckpt_path = str(last)
-        if config.ckpt_path and "averaged" in self.read(config.ckpt_path):
+        if config.ckpt_path and "optimizer_states" not in self.read(config.ckpt_path):
             raise ValueError(
-                f"--ckpt_path {config.ckpt_path} is a mean of checkpoints, without an optimizer to go on with: make a folder of it with "
-                "`debiformer share`, and begin a run with --model.model local-dir:FOLDER --model.pretrained true"
+                f"--ckpt_path {config.ckpt_path} was averaged or converted, and has no optimizer to go on with: begin a run with its "
+                "weights: of a classifier, `debiformer share` makes a folder for --model.model local-dir:FOLDER --model.pretrained true"
             )
         self.check_run()
 

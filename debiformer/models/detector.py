@@ -1,11 +1,12 @@
 """A backbone with torchvision's RetinaNet, Faster R-CNN or Mask R-CNN."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
@@ -51,11 +52,19 @@ class CoarserLevels(ExtraFPNBlock):
         return [*results, p6, self.p7(p6)], [*names, "p6", "p7"]
 
 
+def anchors(strides: Sequence[int], scale: float, sizes: int) -> AnchorGenerator:
+    """Anchors of three shapes, and of some sizes within an octave, the smallest `scale` strides wide."""
+    octave = [2 ** (index / sizes) for index in range(sizes)]
+    return AnchorGenerator(
+        tuple(tuple(int(scale * stride * size) for size in octave) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides)
+    )
+
+
 class Detector(nn.Module):
     """Images to boxes, and with Mask R-CNN to masks.
 
-    RetinaNet works on strides 8 to 128, with three anchors of each of three shapes; the others on strides 4 to 64, with one, eight strides
-    wide. Images are resized inside, and boxes given in pixels of the image as it came.
+    RetinaNet works on strides 8 to 128, with three sizes of anchors of each of three shapes; the others on strides 4 to 64, with one size.
+    Images are resized inside, and boxes given in pixels of the image as it came.
 
     Args:
         detector: retinanet, faster_rcnn or mask_rcnn.
@@ -65,6 +74,8 @@ class Detector(nn.Module):
         backbone_args: Further arguments of the backbone's constructor.
         pyramid_channels: Channels of the feature pyramid.
         short_side, long_side: Images get the first on their shorter side, unless the longer would have more than the second.
+        anchor_scale: Width of the smallest square anchor of a level, in strides of it; left out, 4 for RetinaNet and 8 for the others.
+            Less for objects that are small in the resized image.
         detector_args: Further arguments of torchvision's detector, such as box_detections_per_img or detections_per_img.
 
     Raises:
@@ -85,11 +96,14 @@ class Detector(nn.Module):
         pyramid_channels: int = 256,
         short_side: int = 800,
         long_side: int = 1333,
+        anchor_scale: float | None = None,
         detector_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if detector not in DETECTORS:
             raise ValueError(f"detector={detector!r} is none of {', '.join(DETECTORS)}")
+        if anchor_scale is not None and not anchor_scale > 0:
+            raise ValueError(f"anchor_scale={anchor_scale} must be above 0")
         self.detector = detector
         body = Backbone(backbone, pretrained, freeze_norms, **(backbone_args or {}))
         options: dict[str, Any] = dict(min_size=short_side, max_size=long_side, image_mean=[0.0] * 3, image_std=[1.0] * 3)
@@ -100,10 +114,10 @@ class Detector(nn.Module):
                 raise ValueError(f"detector_args={given}: {detector} takes no {name}; {did_you_mean(name, known)}")
         if detector == "retinanet":
             pyramid = FeaturePyramid(body, 1, pyramid_channels, CoarserLevels(body.channels[-1], pyramid_channels))
-            options |= dict(detections_per_img=100)
+            options |= dict(detections_per_img=100, anchor_generator=anchors((8, 16, 32, 64, 128), anchor_scale or 4, sizes=3))
         else:
             pyramid = FeaturePyramid(body, 0, pyramid_channels, LastLevelMaxPool())
-            options |= dict(rpn_post_nms_top_n_train=1000)
+            options |= dict(rpn_post_nms_top_n_train=1000, rpn_anchor_generator=anchors((4, 8, 16, 32, 64), anchor_scale or 8, sizes=1))
             num_classes += 1  # the background
         self.model: nn.Module = DETECTORS[detector](pyramid, num_classes, **options | given)
 

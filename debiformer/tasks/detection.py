@@ -39,6 +39,7 @@ class DetectionTask(DenseTask):
         grad_checkpointing: Compute blocks again in the backward pass rather than keep what they need: less memory, more time.
         short_side: Pixels that an image gets on its shorter side, unless the longer would have more than `long_side`.
         long_side: See there.
+        anchor_scale: Width of the smallest square anchor of a level, in strides of it; left out, 4 for RetinaNet and 8 for the others.
         optimizer: Name of a timm optimizer.
         lr: Learning rate after the warm-up.
         lr_batch_size: Images of an update that `lr` is for, over all processes and accumulated batches: with others the rate scales in
@@ -74,6 +75,7 @@ class DetectionTask(DenseTask):
         grad_checkpointing: bool = False,
         short_side: int = 800,
         long_side: int = 1333,
+        anchor_scale: float | None = None,
         optimizer: str = "adamw",
         lr: float = 1e-4,
         lr_batch_size: int | None = None,
@@ -95,8 +97,8 @@ class DetectionTask(DenseTask):
         if not class_names:
             raise ValueError("class_names=[] must name at least one class")
         options = (backbone_args or {}) | ({} if drop_path_rate is None else {"drop_path_rate": drop_path_rate})
-        sizes = dict(pyramid_channels=pyramid_channels, short_side=short_side, long_side=long_side, detector_args=detector_args)
-        self.model = Detector(detector, backbone, len(class_names), pretrained, freeze_norms, options, **cast(Any, sizes))
+        sizes: Any = dict(pyramid_channels=pyramid_channels, short_side=short_side, long_side=long_side, anchor_scale=anchor_scale)
+        self.model = Detector(detector, backbone, len(class_names), pretrained, freeze_norms, options, detector_args=detector_args, **sizes)
         if grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         kinds = ("bbox", "segm") if detector == "mask_rcnn" else ("bbox",)

@@ -1,11 +1,10 @@
 """Heads, segmenters and detectors: mmsegmentation's definitions, recorded in tests/golden/head_*, and torchvision's."""
 
-import re
-
 import pytest
 import timm
 import torch
 from goldens import Golden, image
+from published import MASK_RCNN, RETINANET, published
 from torch import nn
 
 import debiformer
@@ -47,45 +46,6 @@ def test_heads_compute_what_mmsegmentation_does(name):
     assert found.keys() == set(golden.arrays)
     for key, value in found.items():
         torch.testing.assert_close(value, torch.from_numpy(golden.arrays[key]), rtol=1e-9, atol=1e-9)
-
-
-def published(segmenter_or_detector, names):
-    """A checkpoint as mm's libraries would write it, from our model, by names that this test gives."""
-    found = {}
-    for key, value in segmenter_or_detector.state_dict().items():
-        for ours, theirs in names:
-            if re.match(ours, key):
-                key = re.sub(ours, theirs, key)
-                break
-        found[key] = value
-    return {"state_dict": found, "meta": {}}
-
-
-BACKBONE = (r"(?:model\.)?backbone\.(?:body\.)?maps\.model\.", "backbone.")
-RETINANET = [
-    BACKBONE,
-    (r"model\.backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv."),
-    (r"model\.backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv."),
-    (r"model\.backbone\.fpn\.extra_blocks\.p6\.", r"neck.fpn_convs.3.conv."),
-    (r"model\.backbone\.fpn\.extra_blocks\.p7\.", r"neck.fpn_convs.4.conv."),
-    (r"model\.head\.classification_head\.conv\.(\d)\.0\.", r"bbox_head.cls_convs.\1.conv."),
-    (r"model\.head\.regression_head\.conv\.(\d)\.0\.", r"bbox_head.reg_convs.\1.conv."),
-    (r"model\.head\.classification_head\.cls_logits\.", r"bbox_head.retina_cls."),
-    (r"model\.head\.regression_head\.bbox_reg\.", r"bbox_head.retina_reg."),
-]
-MASK_RCNN = [
-    *RETINANET[:3],
-    (r"model\.rpn\.head\.conv\.0\.0\.", "rpn_head.rpn_conv."),
-    (r"model\.rpn\.head\.cls_logits\.", "rpn_head.rpn_cls."),
-    (r"model\.rpn\.head\.bbox_pred\.", "rpn_head.rpn_reg."),
-    (r"model\.roi_heads\.box_head\.fc6\.", "roi_head.bbox_head.shared_fcs.0."),
-    (r"model\.roi_heads\.box_head\.fc7\.", "roi_head.bbox_head.shared_fcs.1."),
-    (r"model\.roi_heads\.box_predictor\.cls_score\.", "roi_head.bbox_head.fc_cls."),
-    (r"model\.roi_heads\.box_predictor\.bbox_pred\.", "roi_head.bbox_head.fc_reg."),
-    (r"model\.roi_heads\.mask_head\.(\d)\.0\.", r"roi_head.mask_head.convs.\1.conv."),
-    (r"model\.roi_heads\.mask_predictor\.conv5_mask\.", "roi_head.mask_head.upsample."),
-    (r"model\.roi_heads\.mask_predictor\.mask_fcn_logits\.", "roi_head.mask_head.conv_logits."),
-]
 
 
 def test_a_published_segmenter_loads_with_its_head(tmp_path):
