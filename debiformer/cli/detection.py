@@ -13,8 +13,7 @@ from ..data.masks import default_palette
 from ..explain.boxes import draw
 from ..models.detector import Boxes
 from ..tasks.detection import DetectionTask
-from ..tasks.evaluation import Stopwatch, run
-from .reporting import Job, Pictures, show, speed, write
+from .reporting import Job, Pictures, add_speeds, show, write
 
 ROWS = {"map": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium", "ap_large": "AP large"}
 
@@ -38,23 +37,17 @@ def report(trainer: Trainer, task: DetectionTask, data: LightningDataModule, com
         PermissionError: If the output folder cannot be written.
     """
     job = Job.of(trainer, task, data, command, options)
-    job.check()
-    stopwatch = Stopwatch()
     pictures = Detections(options.pictures, job.folder / "pictures", options.min_score, task.hparams["class_names"])
-    found = run(trainer, task, data, command, stopwatch, pictures)
+    scores = job.evaluate(pictures)
     if not trainer.is_global_zero:
         return
-    scores = {name.partition("/")[2]: value for name, value in found.items()}
-    hparams = task.hparams
-    record = job.record(settings) | {name: hparams[name] for name in ("backbone", "detector", "short_side", "long_side")}
-    speeds = {"forward_speed": stopwatch.forward_speed, "whole_speed": stopwatch.whole_speed}
-    record |= {"scores": scores | speeds, "classes": [score._asdict() for score in task.class_scores]}
+    record = job.record(settings) | {name: task.hparams[name] for name in ("backbone", "detector", "short_side", "long_side")}
+    record |= {"scores": scores, "classes": [score._asdict() for score in task.class_scores]}
     masks = "mask_map" in scores
     table = Table("", "boxes", *(["masks"] if masks else []), title=job.heading, title_justify="left")
     for name, shown in ROWS.items():
         table.add_row(shown, *(precision(scores[f"{prefix}{name}"]) for prefix in ("", "mask_")[: 1 + masks]))
-    table.add_row("images/s of the model", speed(stopwatch.forward_speed))
-    table.add_row("images/s, reading included", speed(stopwatch.whole_speed))
+    add_speeds(table, scores)
     show(table)
     classes = Table("class", "AP of boxes", *(["AP of masks"] if masks else []), title="per class", title_justify="left")
     for score in task.class_scores:

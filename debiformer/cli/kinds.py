@@ -42,7 +42,10 @@ KINDS = {
     "detection": Kind(
         DetectionTask,
         from_data=("class_names", "mean", "std"),
-        architecture=("backbone", "backbone_args", "detector", "detector_args", "pyramid_channels", "anchor_scale", "drop_path_rate"),
+        architecture=(
+            *("backbone", "backbone_args", "drop_path_rate", "detector", "detector_args"),
+            *("pyramid_channels", "anchor_scale", "head_norms"),
+        ),
         monitor="val/map",
         add_arguments=detection.add_arguments,
         report=detection.report,

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..data.images import read_image
 from ..tasks.checkpointing import versions
-from ..tasks.evaluation import evaluation_folder
+from ..tasks.evaluation import Stopwatch, evaluation_folder, run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,6 +61,18 @@ class Job(NamedTuple):
             "precision": self.trainer.precision,
             "data": settings,
         }
+
+    def evaluate(self, pictures: "Pictures") -> dict[str, Any]:
+        """Evaluate and draw; scores by name, and speeds in images per second. Every process of a run must take part.
+
+        Raises:
+            PermissionError: If the folder cannot be written.
+        """
+        self.check()
+        stopwatch = Stopwatch()
+        found = run(self.trainer, self.task, self.data, self.command, stopwatch, pictures)
+        scores = {name.partition("/")[2]: value for name, value in found.items()}
+        return scores | {"forward_speed": stopwatch.forward_speed, "whole_speed": stopwatch.whole_speed}
 
     @property
     def heading(self) -> str:
@@ -137,6 +149,12 @@ def device_name(device: torch.device) -> str:
 def speed(images_per_second: float | None) -> str:
     """A speed for the screen."""
     return "-" if images_per_second is None else f"{images_per_second:.1f}"
+
+
+def add_speeds(table: Table, scores: dict[str, Any]) -> None:
+    """Add the speeds that `Job.evaluate` found to a table of scores."""
+    table.add_row("images/s of the model", speed(scores["forward_speed"]))
+    table.add_row("images/s, reading included", speed(scores["whole_speed"]))
 
 
 def show(table: Table) -> None:

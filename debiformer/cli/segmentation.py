@@ -12,9 +12,8 @@ from rich.text import Text
 from torch import Tensor
 
 from ..data.masks import overlay
-from ..tasks.evaluation import Stopwatch, run
 from ..tasks.segmentation import SegmentationTask
-from .reporting import Job, Pictures, show, speed, write
+from .reporting import Job, Pictures, add_speeds, show, write
 
 
 def add_arguments(parser: LightningArgumentParser, command: str) -> None:
@@ -35,21 +34,17 @@ def report(trainer: Trainer, task: SegmentationTask, data: LightningDataModule, 
         PermissionError: If the output folder cannot be written.
     """
     job = Job.of(trainer, task, data, command, options)
-    job.check()
-    stopwatch, pictures = Stopwatch(), Masks(options.pictures, job.folder / "pictures", task.hparams["palette"])
-    found = run(trainer, task, data, command, stopwatch, pictures)
+    pictures = Masks(options.pictures, job.folder / "pictures", task.hparams["palette"])
+    scores = job.evaluate(pictures)
     if not trainer.is_global_zero:
         return
-    scores = {name.partition("/")[2]: value for name, value in found.items()}
     inference = {name: task.hparams[name] for name in ("short_side", "long_side", "window", "stride", "scales", "flip")}
-    speeds = {"forward_speed": stopwatch.forward_speed, "whole_speed": stopwatch.whole_speed}
     record = job.record(settings) | {"backbone": task.hparams["backbone"], "head": task.hparams["head"], "inference": inference}
-    record |= {"scores": scores | speeds, "classes": [score._asdict() for score in task.class_scores]}
+    record |= {"scores": scores, "classes": [score._asdict() for score in task.class_scores]}
     table = Table(title=job.heading, title_justify="left", show_header=False)
     for name, value in {"mIoU": scores["miou"], "mAcc": scores["macc"], "aAcc": scores["aacc"]}.items():
         table.add_row(name, f"{value:.4f}")
-    table.add_row("images/s of the model", speed(stopwatch.forward_speed))
-    table.add_row("images/s, reading included", speed(stopwatch.whole_speed))
+    add_speeds(table, scores)
     show(table)
     classes = Table("class", title="per class", title_justify="left")
     for column in ("pixels", "IoU", "accuracy"):

@@ -1,12 +1,14 @@
 """A backbone with torchvision's RetinaNet, Faster R-CNN or Mask R-CNN."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
@@ -76,11 +78,12 @@ class Detector(nn.Module):
         short_side, long_side: Images get the first on their shorter side, unless the longer would have more than the second.
         anchor_scale: Width of the smallest square anchor of a level, in strides of it; left out, 4 for RetinaNet and 8 for the others.
             Less for objects that are small in the resized image.
+        head_norms: Group norms of eight channels in RetinaNet's head, which training from scratch wants; the papers' has none.
         detector_args: Further arguments of torchvision's detector, such as box_detections_per_img or detections_per_img.
 
     Raises:
         FileNotFoundError: If there is no file of pretrained weights.
-        ValueError: If there is no such detector, or no such backbone.
+        ValueError: If there is no such detector, or no such backbone, or an argument does not go with the detector.
     """
 
     backbone_prefix = "model.backbone.body.maps.model."
@@ -97,6 +100,7 @@ class Detector(nn.Module):
         short_side: int = 800,
         long_side: int = 1333,
         anchor_scale: float | None = None,
+        head_norms: bool = False,
         detector_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -104,6 +108,8 @@ class Detector(nn.Module):
             raise ValueError(f"detector={detector!r} is none of {', '.join(DETECTORS)}")
         if anchor_scale is not None and not anchor_scale > 0:
             raise ValueError(f"anchor_scale={anchor_scale} must be above 0")
+        if head_norms and (detector != "retinanet" or pyramid_channels % 8):
+            raise ValueError(f"head_norms={head_norms} is for retinanet with a multiple of 8 as pyramid_channels={pyramid_channels}")
         self.detector = detector
         body = Backbone(backbone, pretrained, freeze_norms, **(backbone_args or {}))
         options: dict[str, Any] = dict(min_size=short_side, max_size=long_side, image_mean=[0.0] * 3, image_std=[1.0] * 3)
@@ -114,7 +120,10 @@ class Detector(nn.Module):
                 raise ValueError(f"detector_args={given}: {detector} takes no {name}; {did_you_mean(name, known)}")
         if detector == "retinanet":
             pyramid = FeaturePyramid(body, 1, pyramid_channels, CoarserLevels(body.channels[-1], pyramid_channels))
-            options |= dict(detections_per_img=100, anchor_generator=anchors((8, 16, 32, 64, 128), anchor_scale or 4, sizes=3))
+            norm = partial(nn.GroupNorm, pyramid_channels // 8) if head_norms else None
+            boxes = anchors((8, 16, 32, 64, 128), anchor_scale or 4, sizes=3)
+            head = RetinaNetHead(pyramid_channels, boxes.num_anchors_per_location()[0], num_classes, norm_layer=norm)
+            options |= dict(detections_per_img=100, anchor_generator=boxes, head=head)
         else:
             pyramid = FeaturePyramid(body, 0, pyramid_channels, LastLevelMaxPool())
             options |= dict(rpn_post_nms_top_n_train=1000, rpn_anchor_generator=anchors((4, 8, 16, 32, 64), anchor_scale or 8, sizes=1))

@@ -40,6 +40,7 @@ class DetectionTask(DenseTask):
         short_side: Pixels that an image gets on its shorter side, unless the longer would have more than `long_side`.
         long_side: See there.
         anchor_scale: Width of the smallest square anchor of a level, in strides of it; left out, 4 for RetinaNet and 8 for the others.
+        head_norms: Group norms in RetinaNet's head, which training from scratch wants; the papers' has none.
         optimizer: Name of a timm optimizer.
         lr: Learning rate after the warm-up.
         lr_batch_size: Images of an update that `lr` is for, over all processes and accumulated batches: with others the rate scales in
@@ -76,6 +77,7 @@ class DetectionTask(DenseTask):
         short_side: int = 800,
         long_side: int = 1333,
         anchor_scale: float | None = None,
+        head_norms: bool = False,
         optimizer: str = "adamw",
         lr: float = 1e-4,
         lr_batch_size: int | None = None,
@@ -97,8 +99,9 @@ class DetectionTask(DenseTask):
         if not class_names:
             raise ValueError("class_names=[] must name at least one class")
         options = (backbone_args or {}) | ({} if drop_path_rate is None else {"drop_path_rate": drop_path_rate})
-        sizes: Any = dict(pyramid_channels=pyramid_channels, short_side=short_side, long_side=long_side, anchor_scale=anchor_scale)
-        self.model = Detector(detector, backbone, len(class_names), pretrained, freeze_norms, options, detector_args=detector_args, **sizes)
+        sizes: Any = dict(pyramid_channels=pyramid_channels, short_side=short_side, long_side=long_side)
+        heads: Any = dict(anchor_scale=anchor_scale, head_norms=head_norms, detector_args=detector_args)
+        self.model = Detector(detector, backbone, len(class_names), pretrained, freeze_norms, options, **sizes, **heads)
         if grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         kinds = ("bbox", "segm") if detector == "mask_rcnn" else ("bbox",)

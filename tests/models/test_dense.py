@@ -142,3 +142,45 @@ def test_segmenter_on_any_size(head):
     found = model(images)
     assert isinstance(found, tuple) == (head == "upernet"), "the auxiliary head serves training"
     assert model.eval()(images).shape == (2, 5, 70, 101)
+
+
+class TestDetectorOptions:
+    @staticmethod
+    def sizes(detector, levels, **options):
+        """Heights and widths of the anchors at one place of each level."""
+        model = Detector(detector, "test_convnext", 3, pyramid_channels=16, **options).model
+        generator = model.anchor_generator if detector == "retinanet" else model.rpn.anchor_generator
+        assert len(generator.cell_anchors) == levels
+        return [(cell[:, 2:] - cell[:, :2]) for cell in generator.cell_anchors]
+
+    @pytest.mark.parametrize(("options", "smallest"), [({}, 32), ({"anchor_scale": 2}, 16)])
+    def test_anchors_of_retinanet(self, options, smallest):
+        """Focal loss paper, section 4: areas of 32^2 to 512^2 on P3 to P7, three shapes, three sizes within an octave."""
+        for level, found in enumerate(self.sizes("retinanet", 5, **options)):
+            expected = [smallest * 2**level * 2 ** (octave / 3) for octave in range(3)]
+            square = found.view(3, 3, 2)[1]
+            torch.testing.assert_close(square, torch.tensor(expected)[:, None].expand(3, 2), rtol=0, atol=2)  # whole pixels
+            torch.testing.assert_close(found[:, 1] / found[:, 0], torch.tensor([0.5, 1, 2]).repeat_interleave(3), rtol=0.15, atol=0)
+
+    def test_anchors_of_mask_rcnn(self):
+        for level, found in enumerate(self.sizes("mask_rcnn", 5)):
+            assert found[1].tolist() == [32 * 2**level] * 2, "eight strides of 4 to 64"
+
+    def test_norms_in_the_head(self):
+        head = Detector("retinanet", "test_convnext", 3, pyramid_channels=16, head_norms=True).model.head
+        norms = [module for module in head.modules() if isinstance(module, nn.GroupNorm)]
+        assert [(norm.num_groups, norm.num_channels) for norm in norms] == [(2, 16)] * 8
+        plain = Detector("retinanet", "test_convnext", 3, pyramid_channels=16).model.head
+        assert not [module for module in plain.modules() if isinstance(module, nn.GroupNorm)]
+
+    @pytest.mark.parametrize(
+        ("detector", "options", "message"),
+        [
+            ("mask_rcnn", {"head_norms": True}, "head_norms=True is for retinanet"),
+            ("retinanet", {"head_norms": True, "pyramid_channels": 20}, "a multiple of 8 as pyramid_channels=20"),
+            ("retinanet", {"anchor_scale": 0.0}, r"anchor_scale=0\.0 must be above 0"),
+        ],
+    )
+    def test_what_does_not_go_together(self, detector, options, message):
+        with pytest.raises(ValueError, match=message):
+            Detector(detector, "test_convnext", 3, **options)
