@@ -4,12 +4,13 @@ camvid: Semantic FPN on the 367 training images of CamVid; mean IoU on its 101 v
 images at the end. camvid_upernet: UPerNet likewise. bccd: RetinaNet on BCCD, in its own splits of 205, 87 and 72 images; average precision
 likewise. DeBiFormer against timm's models in the recipes camvid/semantic_fpn_nano, camvid/upernet_nano and bloodcells/retinanet_nano, whose
 backbone alone changes. Each run is a process of its own in --folder, and goes on where it was cut off when the same command is given again.
-Prints the table, draws results/NAME.png; --plot draws it again.
+Prints the table, draws results/NAME.png, which --plot draws again, and results/NAME_pictures.jpg.
 """
 
 import argparse
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,8 @@ def result(task: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     rows = [row for file in sorted(folder.glob("csv/*/metrics.csv")) for row in csv.DictReader(file.open())]
     curve = {int(row["epoch"]) + 1: float(row[f"val/{metric}"]) for row in rows if row.get(f"val/{metric}")}
     scores = json.loads((folder / "evaluation/test/metrics.json").read_text())["scores"]
-    parameters = sum(v.numel() for v in torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"].values())
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    parameters = sum(value.numel() for key, value in state.items() if not re.search(r"running_|num_batches|confmat", key))
     row = {"model": name, "params M": round(parameters / 1e6, 2), "epochs": options.epochs, f"test {metric}": round(scores[metric], 4)}
     return row | {"curve": list(curve.items())}
 
@@ -101,6 +103,17 @@ def plot(task: str, rows: list[dict[str, Any]]) -> Path:
     return RESULTS / f"{task}.png"
 
 
+def pictures(task: str, names: list[str], options: argparse.Namespace) -> Path:
+    """The same test image as each run has drawn it: what was found beside what was given."""
+    figure, rows = plt.subplots(len(names), 1, figsize=(9, 2.6 * len(names)), layout="constrained", squeeze=False)
+    for axes, name in zip(rows[:, 0], names, strict=True):
+        axes.imshow(plt.imread(sorted((folder_of(task, name, options) / "evaluation/test/pictures").glob("0_*"))[0]))
+        axes.set(xticks=[], yticks=[], ylabel=name)
+    file = RESULTS / f"{task}_pictures.jpg"
+    figure.savefig(file, dpi=100, pil_kwargs={"quality": 85})
+    return file
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
@@ -116,7 +129,10 @@ def main() -> None:
     if options.one:
         return train(options.task, options.one, options)
     if options.plot:
-        print(plot(options.task, json.loads((RESULTS / f"{options.task}.json").read_text())["results"]))
+        rows = json.loads((RESULTS / f"{options.task}.json").read_text())["results"]
+        print(plot(options.task, rows))
+        if all(folder_of(options.task, row["model"], options).is_dir() for row in rows):
+            print(pictures(options.task, [row["model"] for row in rows], options))
         return None
     if not options.root:
         parser.error(f"{options.task} needs --root")
@@ -128,6 +144,7 @@ def main() -> None:
         save(options.task, rows, packages=["lightning"])  # whatever has been measured, should the rest be cut off
     print(bench.table([{key: value for key, value in row.items() if key != "curve"} for row in rows]))
     print(plot(options.task, rows))
+    print(pictures(options.task, options.models, options))
     return None
 
 
