@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check docs timm-tests clean
+.PHONY: quickstart test thorough check docs timm-tests clean
 
 quickstart: $(VENV)/usable ## train, test and explain a small model on bundled images
 	$(BIN)/debiformer quickstart
 
 test: check ## style, types and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 10
+
+thorough: $(VENV)/ready ## further cases of kernels and compiled models, a minute each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m thorough
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

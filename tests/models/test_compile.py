@@ -51,7 +51,15 @@ def test_blocks_of_a_stage_share_a_graph():
         torch.testing.assert_close(model(x), plain(x))
 
 
-@pytest.mark.parametrize(("name", "train"), [("debiformer_nano", False), ("debiformer_nano", True), ("biformer_stl", False)])
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        ("debiformer_nano", False),
+        ("biformer_stl", False),
+        pytest.param("debiformer_nano", True, marks=pytest.mark.thorough),
+        pytest.param("biformer_stl", True, marks=pytest.mark.thorough),
+    ],
+)
 def test_one_graph_serves_every_size(name, train):
     """Batch, height and width are dynamic; the sizes take in maps that the grid divides and maps that it does not."""
     torch.compiler.reset()
