@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 # Of its own accord, ptxas spills a register or two where that makes room for one more block.
 HARMLESS = 16  # bytes
-# Compute capability, dtype, width of a head, and bytes that may be spilled: the models', and the widest heads that are taken. A minute each.
+# Compute capability, dtype, width of a head, and bytes that may be spilled: the models', and the widest heads. A minute each.
 CASES = [
     (80, "float32", 32, HARMLESS),
     (90, "bfloat16", 32, HARMLESS),
