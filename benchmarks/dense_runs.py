@@ -139,7 +139,8 @@ def main() -> None:
     rows = []
     for name in options.models:
         bench.tell(name)
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name], check=True, stdout=subprocess.DEVNULL)
+        if not (folder_of(options.task, name, options) / "evaluation/test/metrics.json").is_file():
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name], check=True, stdout=subprocess.DEVNULL)
         rows.append(result(options.task, name, options))
         save(options.task, rows, packages=["lightning"])  # whatever has been measured, should the rest be cut off
     print(bench.table([{key: value for key, value in row.items() if key != "curve"} for row in rows]))
