@@ -19,7 +19,7 @@ from PIL import Image
 from record import save
 
 from debiformer.cli import bench, main
-from debiformer.cli.convert import write_task
+from debiformer.cli.published import write_task
 from debiformer.data.masks import read_classes
 from debiformer.tasks.base import BaseTask
 from debiformer.tasks.detection import DetectionTask

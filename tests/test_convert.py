@@ -113,7 +113,7 @@ class TestWholeCheckpoints:
         classes.write_text("name,red,green,blue\n" + "".join(f"class {number},1,2,3\n" for number in range(7)))
         out = str(tmp_path / "out.ckpt")
         for line, message in [
-            (["seven.pth", out], "has 7 classes, which is no data set known here: name them with --classes"),
+            (["seven.pth", out], "segmentation with 7 classes, which is no data set known here: name them with --classes"),
             (["seven.pth", out, "--classes", "camvid"], "--classes camvid names 11 classes, and the checkpoint has 7"),
             (["bare.pth", out], "a backbone alone"),
         ]:

@@ -15,12 +15,16 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
+import debiformer
 from debiformer.cli import main
 from debiformer.cli.training import known_recipes, task_of
 from debiformer.data.blood_cells import SAMPLE
 from debiformer.data.images import read_image
 from debiformer.data.masks import read_classes
+from debiformer.models.backbone import Backbone
+from debiformer.models.detector import Detector
 from debiformer.models.segmentation_inference import Inference, segment
+from debiformer.models.segmenter import Segmenter
 from debiformer.tasks.detection import DetectionTask
 from debiformer.tasks.prediction import load_task
 from debiformer.tasks.segmentation import SegmentationTask
@@ -198,6 +202,38 @@ class TestSegmentation:
         with Image.open(tmp_path / f"out/masks/nested/{file.stem}.png") as mask:
             assert (np.asarray(mask) == windows.numpy()).mean() > 0.999
 
+    def test_names_with_dots(self, inside, runs, tmp_path):
+        for name in ("photo.1.jpg", "photo.2.jpg"):
+            Image.new("RGB", (40, 30)).save(tmp_path / name)
+        line = ["predict", "--checkpoint", str(SEGMENTER), str(tmp_path), "--output", str(tmp_path / "out"), "--draw", "--window", "0"]
+        assert main(line) == 0
+        written = sorted(file.name for file in (tmp_path / "out").glob("*/*"))
+        assert written == ["photo.1.jpg", "photo.1.png", "photo.2.jpg", "photo.2.png"]
+
+    def test_a_run_begins_with_the_weights_of_another(self, inside, runs, tmp_path):
+        """All of them in Python; from the command line the backbone, whatever the classes."""
+        task = load_task(SegmentationTask, SEGMENTER)
+        other = Segmenter("test_convnext", "semantic_fpn", 11, head_args=task.hparams["head_args"])
+        debiformer.load_published(SEGMENTER, other)
+        assert all(torch.equal(value, task.model.state_dict()[key]) for key, value in other.state_dict().items())
+        backbone = Backbone("test_convnext", pretrained=str(SEGMENTER)).state_dict()
+        assert all(torch.equal(value, task.model.backbone.state_dict()[key]) for key, value in backbone.items())
+        with pytest.raises(ValueError, match=r"does not fit this Segmenter.*\n(.*\n)*.*head\.classifier"):
+            debiformer.load_published(SEGMENTER, Segmenter("test_convnext", "semantic_fpn", 5, head_args=task.hparams["head_args"]))
+
+    def test_damaged_images_are_passed_over_and_not_drawn(self, inside, runs, tmp_path):
+        shutil.copytree("camvid", tmp_path / "camvid")
+        first, *others = sorted((tmp_path / "camvid/images/val").iterdir())
+        first.write_bytes(b"nothing")
+        line = ["validate", "--ckpt_path", str(SEGMENTER), "--data.root", str(tmp_path / "camvid"), "--output", str(tmp_path / "out")]
+        assert main(line) == 0
+        assert len(list((tmp_path / "out/pictures").iterdir())) == len(others)
+
+    def test_half_precision(self, inside, runs, tmp_path):
+        line = ["validate", "--ckpt_path", str(SEGMENTER), "--trainer.precision", "bf16-true", "--output", str(tmp_path)]
+        assert main(line) == 0
+        assert 0 <= json.loads((tmp_path / "metrics.json").read_text())["scores"]["miou"] < 1
+
     def test_mistakes(self, inside, runs, tmp_path, capsys):
         def error(*line):
             assert main(list(map(str, line))) == 2
@@ -207,8 +243,10 @@ class TestSegmentation:
             (tmp_path / folder).mkdir()
             Image.new("RGB", (32, 32)).save(tmp_path / folder / "same.png")
         line = ["predict", "--checkpoint", SEGMENTER, "--output", tmp_path / "out"]
-        assert "1 names would be given to two images or more" in error(*line, tmp_path / "a", tmp_path / "b")
-        assert "stride=80 leaves gaps" in error(*line, tmp_path / "a", "--stride", 80)
+        assert "a/same.png and" in (message := error(*line, tmp_path / "a", tmp_path / "b"))
+        assert "would have the same output, same: predict them apart" in message
+        assert "stride=80 is for windows: set window too" in error(*line, tmp_path / "a", "--stride", 80)
+        assert "stride=80 leaves gaps" in error(*line, tmp_path / "a", "--stride", 80, "--window", 64)
         assert "the folder /proc/out cannot be written" in error(*line[:-1], "/proc/out", tmp_path / "a")
         detector = error("test", "--ckpt_path", DETECTOR, "--config", "segment.yaml")
         assert f"checkpoint {DETECTOR} is of a detection run, not of segmentation" in detector
@@ -222,6 +260,17 @@ class TestSegmentation:
 
 
 class TestDetection:
+    def test_masks_that_are_left_out(self, inside, tmp_path, capsys):
+        Path("bare.yaml").write_text(DETECT.replace("masks: true", "masks: false"))
+        assert main(["fit", "--config", "bare.yaml", "--trainer.default_root_dir", str(tmp_path)]) == 2
+        assert "detector=mask_rcnn learns from masks, and data.masks=False leaves them out" in capsys.readouterr().err
+
+    def test_a_run_begins_with_the_weights_of_another(self, inside, runs):
+        task = load_task(DetectionTask, DETECTOR)
+        other = Detector("mask_rcnn", "test_convnext", 3, pyramid_channels=16)
+        debiformer.load_published(DETECTOR, other)
+        assert all(torch.equal(value, task.model.state_dict()[key]) for key, value in other.state_dict().items())
+
     def test_evaluation(self, inside, runs, capsys):
         assert main(["test", "--ckpt_path", str(DETECTOR), "--pictures", "1", "--min_score", "0.01"]) == 0
         out = capsys.readouterr().out

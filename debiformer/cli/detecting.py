@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
                 count += 1
                 file.write(("\n" if count == 1 else ",\n") + json.dumps({"id": count} | row))
             if options.draw:
-                write(draw(image, found, classes, default_palette(len(classes))), options.output / "pictures" / name.with_suffix(".jpg"))
+                write(draw(image, found, classes, default_palette(len(classes))), options.output / "pictures", name, ".jpg")
         categories = [dict(id=number, name=name) for number, name in enumerate(classes, 1)]
         file.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(categories)}}}\n')
     print(f"written  {options.output / 'detections.json'}, of {len(images)} images")

@@ -73,5 +73,8 @@ class Detections(Pictures):
     def draw(self, image: Image.Image, found: Boxes, given: Boxes) -> list[Image.Image]:
         """The two pictures."""
         kept = {name: value[found["scores"] >= self.min_score].cpu() for name, value in found.items()}
-        right = {name: given[name].cpu() for name in ("boxes", "labels")}
+        told_apart = ~given["crowd"].cpu()
+        right: Boxes = {name: given[name].cpu()[told_apart] for name in ("boxes", "labels", "masks") if name in given}
+        if "masks" in right:
+            right["masks"] = right["masks"][:, None]
         return [draw(image, boxes, self.names, self.palette) for boxes in (kept, right)]

@@ -55,7 +55,11 @@ def run(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of predict."""
-    parser = argparse.ArgumentParser(prog="debiformer predict", description="Label images with a checkpoint of `debiformer fit`.")
+    parser = argparse.ArgumentParser(
+        prog="debiformer predict",
+        description="Label images with a checkpoint of `debiformer fit`.",
+        epilog="Checkpoints of segmentation and detection have options of their own: --checkpoint FILE --help shows them.",
+    )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="images; folders are searched for images")
     parser.add_argument("--checkpoint", required=True, help="best.ckpt or last.ckpt of a run, a shared folder, or hf-hub:OWNER/NAME")
     parser.add_argument("--output", type=Path, help="write to this file too: .csv, or .jsonl for JSON lines")

@@ -30,7 +30,7 @@ def parser_for(task: str) -> argparse.ArgumentParser:
 
 
 def find(given: list[str]) -> dict[Path, Path]:
-    """The images among files and folders, each with the name of its output: its path below the folder that was given, without suffix.
+    """The images among files and folders, each with the name of its output: its path below the folder that was given, without its ending.
 
     Raises:
         FileNotFoundError: If a path does not exist, or nothing is found.
@@ -43,7 +43,7 @@ def find(given: list[str]) -> dict[Path, Path]:
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         files = [str(file) for file, name in names.items() if name == twice[0]]
-        raise ValueError(f"{len(twice)} names would be given to two images or more, such as {' and '.join(files)}: predict them apart")
+        raise ValueError(f"{' and '.join(files)} would have the same output, {twice[0]}: predict them apart")
     return names
 
 
@@ -70,7 +70,8 @@ def normalized(task: DenseTask, image: Image) -> Tensor:
     return pil_to_tensor(image).to(task.device).float().div_(255).sub_(mean).div_(std)
 
 
-def write(picture: Image, file: Path) -> None:
-    """Write a picture, with the folders above it."""
+def write(picture: Image, folder: Path, name: Path, suffix: str) -> None:
+    """Write a picture into a folder under a name without its ending, which may hold dots."""
+    file = folder / name.with_name(name.name + suffix)
     file.parent.mkdir(parents=True, exist_ok=True)
     picture.save(file)

@@ -109,7 +109,7 @@ class Pictures(Callback):
         for name, found, given in zip(batch.names, outputs["found"], batch.targets, strict=True):
             if len(self.written) == self.count:
                 return
-            if not name or given is None:
+            if not name:
                 continue
             self.folder.mkdir(parents=True, exist_ok=True)
             self.written.append(self.folder / f"{len(self.written)}_{Path(name).stem}.jpg")

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 from ..data.masks import overlay, paint
 from ..tasks.prediction import load_task
@@ -21,19 +22,21 @@ def run(arguments: list[str]) -> int:
     options = parse(arguments)
     names = find(options.images)
     task = load_task(SegmentationTask, options.checkpoint, options.device)
-    given = {"window": options.window, "stride": options.stride, "scales": options.scales and tuple(options.scales)}
+    given: dict[str, Any] = {"window": options.window, "stride": options.stride, "scales": options.scales and tuple(options.scales)}
     if options.short_side is not None:
         given["short_side"] = options.short_side or None
         given |= {} if options.short_side else {"long_side": None}
     changes = {name: value for name, value in given.items() if value is not None or name.endswith("_side")}
+    if options.window is not None:  # another window has another stride, and none where it is 0
+        changes |= {"window": options.window or None, "stride": options.stride}
     task.inference = replace(task.inference, **changes, flip=options.flip or task.inference.flip)
     check_folder(options.output)
     done = 0
     for _, name, image in each(names):
         mask = task.segment(normalized(task, image)).cpu().numpy()
-        write(paint(mask, task.hparams["palette"]), options.output / "masks" / name.with_suffix(".png"))
+        write(paint(mask, task.hparams["palette"]), options.output / "masks", name, ".png")
         if options.draw:
-            write(overlay(image, mask, task.hparams["palette"]), options.output / "pictures" / name.with_suffix(".jpg"))
+            write(overlay(image, mask, task.hparams["palette"]), options.output / "pictures", name, ".jpg")
         done += 1
     print(f"written  {done} masks in {options.output / 'masks'}")
     return 0 if done else 1
@@ -43,7 +46,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of predict for segmentation."""
     parser = parser_for("segmentation: masks as PNG with the colours of the classes")
     parser.add_argument("--short-side", type=int, help="pixels of an image's shorter side; 0 keeps its size (default: as in evaluation)")
-    parser.add_argument("--window", type=int, help="height and width of windows that slide over the image (default: as in evaluation)")
+    parser.add_argument(
+        "--window", type=int, help="pixels of windows that slide over the image; 0 takes it whole (default: as in evaluation)"
+    )
     parser.add_argument("--stride", type=int, help="pixels from one window to the next (default: two thirds of the window)")
     parser.add_argument("--scales", type=float, nargs="+", help="factors on the size, to average over (default: as in evaluation)")
     parser.add_argument("--flip", action="store_true", help="see each scale in the mirror too")

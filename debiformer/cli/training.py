@@ -202,6 +202,8 @@ class TrainingCLI(LightningCLI):
         if self.subcommand != "fit":
             hparams = self.read(config.ckpt_path)["hyper_parameters"]
             for name in self.kind.architecture:
+                if f"--model.{name}" in " ".join(self.line):
+                    rank_zero_warn(f"--model.{name} is left as it is in {config.ckpt_path}: its weights are for {hparams[name]}")
                 config.model[name] = hparams[name]
             config.model.pretrained = False
             return
@@ -354,9 +356,11 @@ class TrainingCLI(LightningCLI):
     @rank_zero_only
     def after_fit(self) -> None:
         """Say where things are and what to do with them."""
-        if self.best.best_model_score is None:  # fast_dev_run saves nothing
-            return
         best = self.folder / "checkpoints" / "best.ckpt"
+        if self.best.best_model_score is None:
+            if best.with_name("last.ckpt").is_file():  # fast_dev_run saves nothing
+                print(f"last        {best.with_name('last.ckpt')}; there was no validation, and so no best.ckpt")
+            return
         print(f"best        {best} ({self.kind.monitor} {self.best.best_model_score:.4f})")
         print(f"last        {best.with_name('last.ckpt')}")
         print(f"curves      tensorboard --logdir {self.folder}")

@@ -101,7 +101,7 @@ class ReadImages(Dataset[Sample]):
             except UnreadableImage as error:
                 damaged.append(str(error))
                 if not self.training:
-                    return self.blank._replace(name=self.images.name(index), damaged=damaged)
+                    return self.blank._replace(damaged=damaged)
                 continue
             if self.training:
                 reseed(Use.IMAGE, self.seed, draw.epoch, index, devices=False)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,13 @@ def check_files(records: Sequence[Record], source: str) -> None:
         raise FileNotFoundError(f"{source}: {len(missing)} of {len(records)} images are missing, such as {missing[0]}")
 
 
+def check_unique(ids: Iterable[Any], what: str) -> None:
+    """Raise a ValueError that names ids which are there more than once."""
+    twice = [str(id) for id, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{what} with the same id: {', '.join(twice[:5])}{' ...' if len(twice) > 5 else ''}")
+
+
 class ImagesWithBoxes:
     """Images with targets: boxes (N, 4) float32 in pixels x0, y0, x1, y1, labels (N,), crowd (N,) and area (N,), id and, if wanted, masks
     (N, H, W) uint8.
@@ -102,7 +110,10 @@ class ImagesWithBoxes:
             "id": record.id,
         }
         if self.masks:
-            target["masks"] = decode_masks([instance.mask for instance in of], record.size)
+            try:
+                target["masks"] = decode_masks([instance.mask for instance in of], record.size)
+            except Exception as error:  # whatever the decoder of run-length codes raises
+                raise UnreadableImage(f"{record.file}: its masks cannot be decoded: {error}") from error
         return image, target
 
 

@@ -53,6 +53,9 @@ class DetectionData(IndexedData):
         self.class_names, self.masks = class_names, masks
         self.change = TrainingChanges(hflip, vflip, distortion)
         self.blank = Sample(torch.zeros(3, 32, 32, dtype=torch.uint8), None)
+        empty = [split for split, part in records.items() if not part]
+        if empty:
+            raise ValueError(f"the split {empty[0]} has no images")
         seen = {instance.label for record in records["train"] for instance in record.instances if not instance.crowd}
         lacking = [name for label, name in enumerate(class_names) if label not in seen]
         if lacking:

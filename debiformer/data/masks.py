@@ -26,7 +26,7 @@ class Classes(NamedTuple):
 
 
 def read_classes(classes: str | Path | Sequence[str]) -> Classes:
-    """Classes by name of a known set, from a CSV file with the columns name, red, green and blue, or from a list of names.
+    """Classes by name of a known set, from a CSV file with the columns name, red, green and blue, or name alone, or from a list of names.
 
     Raises:
         ValueError: If there is no such set and no such file, or its content is not as said.
@@ -37,14 +37,18 @@ def read_classes(classes: str | Path | Sequence[str]) -> Classes:
     file = known.get(str(classes)) or Path(classes)
     if not file.is_file():
         raise ValueError(f"classes={str(classes)!r} is no file, and no known set: {did_you_mean(str(classes), known)}")
-    rows = csv.DictReader(line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
+    needed = f"classes={classes}: the file needs the columns name,red,green,blue with whole numbers, or name alone, as UTF-8 text"
     try:
-        found = [(row["name"], (int(row["red"]), int(row["green"]), int(row["blue"]))) for row in rows]
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+        names = [row["name"] for row in rows]
+        coloured = bool(rows) and "red" in rows[0]
+        palette = [(int(row["red"]), int(row["green"]), int(row["blue"])) for row in rows] if coloured else default_palette(len(rows))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"classes={classes}: the file needs the columns name,red,green,blue with whole numbers ({error!r})") from error
-    if not found or any(not 0 <= value <= 255 for _, colour in found for value in colour):
+        raise ValueError(f"{needed} ({error!r})") from error
+    if not rows or any(not 0 <= value <= 255 for colour in palette for value in colour):
         raise ValueError(f"classes={classes}: the file needs a line for each class, with colours from 0 to 255")
-    return Classes([name for name, _ in found], [colour for _, colour in found])
+    return Classes(names, palette)
 
 
 def default_palette(classes: int) -> list[Colour]:
@@ -82,7 +86,7 @@ def read_mask(path: str | Path, classes: int, first: int = 0, ignored: int = IGN
         raise UnreadableImage(f"{path}: a mask in {picture.mode} colours; it must be a picture of one channel with the number of a class")
     numbers = np.asarray(picture).astype(np.int32)
     mask = np.where((numbers == ignored) | (numbers < first), IGNORED, numbers - first)
-    odd = numbers[(mask >= classes) & (mask != IGNORED)]
+    odd = numbers[(numbers >= first + classes) & (numbers != ignored)]
     if odd.size:
         raise ValueError(
             f"{path}: the mask has the class {odd[0]}, but the {classes} classes are {first} to {first + classes - 1}, and {ignored} is "

@@ -1,6 +1,7 @@
 """Images with a mask of classes, in folders: ADE20K, Cityscapes, CamVid and the like; how they are cropped and changed for training."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,8 @@ class ImageMaskFolders(IndexedData):
         scale, max_class_share, hflip, distortion: As for `TrainingCrops`.
         options: As for `BaseData`.
 
+    A folder for test without any mask is no test split: benchmarks keep these masks to themselves.
+
     Raises:
         FileNotFoundError: If a folder or a mask is missing.
         ValueError: If an argument is out of range.
@@ -170,7 +173,9 @@ class ImageMaskFolders(IndexedData):
         for name, side in {"short_side": short_side, "long_side": long_side}.items():
             if side < 1:
                 raise ValueError(f"{name}={side} is not a number of pixels")
-        if not 0 < scale[0] <= scale[1]:
+        if long_side < short_side:
+            raise ValueError(f"long_side={long_side} is less than short_side={short_side}")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale={scale} is not a range of factors above 0")
         for name, share in {"max_class_share": max_class_share, "hflip": hflip, "distortion": distortion}.items():
             if not 0 <= share <= 1:
@@ -180,6 +185,8 @@ class ImageMaskFolders(IndexedData):
         crops = TrainingCrops(self.crop_size, short_side, long_side, scale, max_class_share, hflip, distortion, fill)
         self.crops = crops
         self.class_names, self.palette = read_classes(classes)
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ValueError(f"classes={classes} has a name more than once")
         if len(self.class_names) > IGNORED:
             raise ValueError(f"classes={classes} are {len(self.class_names)}; masks tell no more than {IGNORED} apart")
         self.root = Path(root)
@@ -195,10 +202,15 @@ class ImageMaskFolders(IndexedData):
             files = [file for file in find_images([folder]) if file.name.endswith(image_suffix)]
             paths = [of_masks / file.relative_to(folder).parent / (stem(file, image_suffix) + mask_suffix) for file in files]
             lacking = [str(path) for path in paths if not path.is_file()]
+            if split == "test" and files and len(lacking) == len(files):  # a benchmark that keeps these masks to itself
+                continue
+            shared = [str(path) for path, count in Counter(paths).items() if count > 1]
+            if shared:
+                raise ValueError(f"root={root}: two images or more have the mask {shared[0]}: rename them")
             if lacking or not files:
                 what = f"{len(lacking)} of {len(files)} images have no mask, such as {lacking[0]}" if lacking else f"{folder} has no images"
                 raise FileNotFoundError(
-                    f"root={root}: {what}: name folders and endings with data.masks, data.image_suffix, data.mask_suffix"
+                    f"root={root}, split {split}: {what}: name folders and endings with data.masks, data.image_suffix, data.mask_suffix"
                 )
             self.splits[split] = ImagesWithMasks(files, paths, len(self.class_names), first_class, ignored_class)
 

@@ -233,7 +233,7 @@ class EvaluationStream(Stream):
                 image, target = self.decode(raw)
                 yield Sample(self.transform(image), target, name_of(raw), damaged.copy())
             except UnreadableImage as error:
-                yield self.blank._replace(name=name_of(raw), damaged=[*damaged, str(error)])
+                yield self.blank._replace(damaged=[*damaged, str(error)])
             damaged.clear()
         if found != self.images:
             raise ValueError(f"val_images={self.images}, but {self.urls[0]} and the like hold {found} images{describe(damaged)}")

@@ -45,7 +45,8 @@ class Backbone(nn.Module):
         elif isinstance(pretrained, str):
             whole = timm.create_model(name, **options)
             load_weights(whole, pretrained)
-            self.maps.model.load_state_dict({key: whole.state_dict()[key] for key in self.maps.model.state_dict()})
+            of_whole = whole.state_dict()
+            self.maps.model.load_state_dict({key: of_whole[key] for key in self.maps.model.state_dict()})
         strides = self.maps.feature_info.reduction()
         if strides != STRIDES:
             raise ValueError(f"backbone={name!r} gives maps at strides {strides}, not {STRIDES}: take a hierarchical model")

@@ -203,7 +203,11 @@ def to_our_names(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Of a segmentation or detection checkpoint only the backbone is taken, of one that this library trained only the model.
     """
-    tensors = {re.sub(r"^(?:module\.|model\.|_orig_mod\.)+", "", key): value for key, value in find_tensors(checkpoint).items()}
+    given = find_tensors(checkpoint)
+    if inside := backbone_inside(given):
+        _logger.info("took the backbone, and left the heads")
+        return inside
+    tensors = {re.sub(r"^(?:module\.|model\.|_orig_mod\.)+", "", key): value for key, value in given.items()}
     if any(key.startswith("backbone.") for key in tensors):
         others = sorted({key.split(".")[0] for key in tensors if not key.startswith("backbone.")})
         if others:
@@ -212,6 +216,12 @@ def to_our_names(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     paired = any(".attn2." in key for key in tensors)
     # Published 1x1 convolutions are linear layers here.
     return {our_name(key, paired): v.flatten(1) if v.ndim == 4 and v.shape[2:] == (1, 1) else v for key, v in tensors.items()}
+
+
+def backbone_inside(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The timm model inside a checkpoint of this library's segmenters and detectors, by its own names; empty where there is none."""
+    marker = ".maps.model."
+    return {key.partition(marker)[2]: value for key, value in tensors.items() if marker in key}
 
 
 @runtime_checkable
@@ -258,6 +268,8 @@ def load_published(source: str | Path | Mapping[str, Any], model: nn.Module) -> 
     backbone = model.model if isinstance(model, FeatureGetterNet) else model
     if isinstance(model, WithHeads):
         prefix = model.backbone_prefix
+        if backbone_inside(tensors):
+            return _load_own(tensors, model, prefix, origin)
         heads, backbone = model.from_published(tensors), model.get_submodule(prefix.removesuffix("."))
         problems = differences(heads, {name: value for name, value in model.state_dict().items() if not name.startswith(prefix)})
         if any(problems.values()):
@@ -267,6 +279,18 @@ def load_published(source: str | Path | Mapping[str, Any], model: nn.Module) -> 
     model.load_state_dict(heads, strict=False)
     backbone.load_state_dict({name: value for name, value in given.items() if name not in report.left_behind}, strict=False)
     return report
+
+
+def _load_own(tensors: Mapping[str, Tensor], model: nn.Module, backbone_prefix: str, origin: str) -> LoadReport:
+    """Load a whole segmenter or detector by its own names, or by those of the task around it."""
+    plain = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): value for key, value in tensors.items()}
+    around = "" if any(key.startswith(backbone_prefix) for key in plain) else "model."
+    own = {key.removeprefix(around): value for key, value in plain.items()}
+    problems = differences(own, model.state_dict())
+    if any(problems.values()):
+        raise ValueError(f"{origin} does not fit this {type(model).__name__}.{list_problems(problems)}")
+    model.load_state_dict(own)
+    return LoadReport()
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -106,15 +106,16 @@ class Detector(nn.Module):
         super().__init__()
         if detector not in DETECTORS:
             raise ValueError(f"detector={detector!r} is none of {', '.join(DETECTORS)}")
-        if anchor_scale is not None and not anchor_scale > 0:
-            raise ValueError(f"anchor_scale={anchor_scale} must be above 0")
+        if anchor_scale is not None and not anchor_scale >= 0.25:
+            raise ValueError(f"anchor_scale={anchor_scale} must be 0.25 or more: the anchors of the finest level would have no pixels")
         if head_norms and (detector != "retinanet" or pyramid_channels % 8):
             raise ValueError(f"head_norms={head_norms} is for retinanet with a multiple of 8 as pyramid_channels={pyramid_channels}")
         self.detector = detector
         body = Backbone(backbone, pretrained, freeze_norms, **(backbone_args or {}))
         options: dict[str, Any] = dict(min_size=short_side, max_size=long_side, image_mean=[0.0] * 3, image_std=[1.0] * 3)
         given = detector_args or {}
-        known = signature(DETECTORS[detector]).parameters
+        ours = {"backbone", "num_classes", "min_size", "max_size", "kwargs"}
+        known = [name for name in signature(DETECTORS[detector]).parameters if name not in ours]
         for name in given:
             if name not in known:  # torchvision would swallow it
                 raise ValueError(f"detector_args={given}: {detector} takes no {name}; {did_you_mean(name, known)}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import inf
 
 import torch
 from torch import Tensor
@@ -41,9 +42,11 @@ class Inference:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not a number of pixels")
-        if self.stride is not None and (self.window is None or self.stride > self.window):
+        if self.stride is not None and self.window is None:
+            raise ValueError(f"stride={self.stride} is for windows: set window too")
+        if self.stride is not None and self.window is not None and self.stride > self.window:
             raise ValueError(f"stride={self.stride} leaves gaps between windows of window={self.window}")
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales or not all(0 < scale < inf for scale in self.scales):
             raise ValueError(f"scales={self.scales} are not factors above 0")
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -76,7 +79,7 @@ def segment(model: Model, image: Tensor, how: Inference) -> Tensor:
 def view(model: Model, image: Tensor, size: tuple[int, int], mirrored: bool, how: Inference) -> Tensor:
     """Logits (classes, h, w) of an image at a size, seen in the mirror or not."""
     if size != image.shape[1:]:
-        image = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+        image = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0].to(image.dtype)  # no kernel for halves
     if mirrored:
         image = image.flip(-1)
     logits = model(image[None])[0] if how.window is None else torch.cat(list(slide(model, image, how.window, how.stride)), dim=1)

@@ -1,10 +1,12 @@
 """A backbone with a head for semantic segmentation."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..nearest import did_you_mean
 from .backbone import Backbone
 from .heads import FCNHead, SemanticFPNHead, UPerNetHead
 from .heads.pixels import enlarge
@@ -49,6 +51,10 @@ class Segmenter(nn.Module):
         self.backbone = Backbone(backbone, pretrained, freeze_norms, **(backbone_args or {}))
         channels = self.backbone.channels
         make = SemanticFPNHead if head == "semantic_fpn" else UPerNetHead
+        known = [name for name in signature(make).parameters if name not in ("in_channels", "num_classes")]
+        for name in head_args or {}:
+            if name not in known:
+                raise ValueError(f"head_args={head_args}: {head} takes no {name}; {did_you_mean(name, known)}")
         self.head = make(channels, num_classes, **(head_args or {}))
         self.auxiliary = FCNHead(channels[2], num_classes) if head == "upernet" else None
 

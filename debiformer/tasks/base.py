@@ -126,7 +126,7 @@ class BaseTask(LightningModule):
         if warmup >= updates:
             raise ValueError(
                 f"{name}={hparams[name]} takes {warmup} updates and the whole run has {updates}: "
-                f"shorten the warm-up (model.{name}) or lengthen the run (trainer.max_epochs)"
+                f"shorten the warm-up (model.{name}) or lengthen the run (trainer.max_epochs, trainer.max_steps)"
             )
         schedule = self.schedule(optimizer, updates_per_epoch, updates, warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

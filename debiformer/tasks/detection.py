@@ -105,6 +105,7 @@ class DetectionTask(DenseTask):
         if grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         kinds = ("bbox", "segm") if detector == "mask_rcnn" else ("bbox",)
+        self.prefixes = {"": "bbox_", "mask_": "segm_"} if detector == "mask_rcnn" else {"": ""}  # ours, and torchmetrics'
         self.precision_of = MeanAveragePrecision(
             iou_type=cast(Any, kinds),
             rec_thresholds=np.linspace(0, 1, 101).tolist(),  # its own are rounded to float32, and miss recalls that are reached exactly
@@ -112,6 +113,11 @@ class DetectionTask(DenseTask):
             class_metrics=True,
         )
         self.class_scores: list[ClassAP] = []  # of the last evaluation
+
+    def setup(self, stage: str) -> None:
+        """Raise a ValueError where Mask R-CNN is given data of this library without masks."""
+        if self.hparams["detector"] == "mask_rcnn" and getattr(getattr(self.trainer, "datamodule", None), "masks", True) is False:
+            raise ValueError("detector=mask_rcnn learns from masks, and data.masks=False leaves them out: set data.masks to true")
 
     def forward(self, images: list[Tensor]) -> list[Boxes]:
         """Normalised images (3, H, W) to their boxes (N, 4), labels (N,) and scores (N,), and with Mask R-CNN masks (N, 1, H, W)."""
@@ -158,14 +164,14 @@ class DetectionTask(DenseTask):
     def _conclude(self, stage: str) -> None:
         found = self.precision_of.compute()
         self.precision_of.reset()
-        prefixes = {"": "bbox_", "mask_": "segm_"} if "bbox_map" in found else {"": ""}  # torchmetrics names both where it counts both
         scores = {
             f"{stage}/{ours}{name}": found[f"{theirs}{column}"].to(self.device)
-            for ours, theirs in prefixes.items()
+            for ours, theirs in self.prefixes.items()
             for name, column in SCORES.items()
         }
         row_of = {label: row for row, label in enumerate(found["classes"].view(-1).tolist())}
-        columns = [found[f"{theirs}map_per_class"].view(-1).tolist() for theirs in prefixes.values()]
+        nothing = torch.full((1,), -1.0)  # where no image could be read
+        columns = [found.get(f"{theirs}map_per_class", nothing).view(-1).tolist() for theirs in self.prefixes.values()]
         self.class_scores = []
         for label, name in enumerate(self.hparams["class_names"]):
             boxes, *masks = (column[row_of[label]] if label in row_of else -1.0 for column in columns)

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -122,11 +123,9 @@ class SegmentationTask(DenseTask):
         """How each class fared in the last evaluation; none before the first."""
         if self.confusion_matrix is None:
             return []
-        counts = self.confusion_matrix.double()
-        hits, pixels = counts.diagonal(), counts.sum(1)
-        iou = hits / (pixels + counts.sum(0) - hits)
-        columns = (pixels.long().tolist(), iou.tolist(), (hits / pixels).tolist())
-        return [ClassIoU(*row) for row in zip(self.hparams["class_names"], *columns, strict=True)]
+        pixels, iou, accuracy = of_each_class(self.confusion_matrix)
+        rows = zip(self.hparams["class_names"], pixels.long().tolist(), iou.tolist(), accuracy.tolist(), strict=True)
+        return [ClassIoU(*row) for row in rows]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, classes, H, W)."""
@@ -171,6 +170,10 @@ class SegmentationTask(DenseTask):
     def _conclude(self, stage: str) -> None:
         self.confusion_matrix = self.counts.compute().cpu()
         self.counts.reset()
+        absent = [score.name for score in self.class_scores if not score.pixels]
+        if absent and not self.trainer.sanity_checking:
+            shown = ", ".join(absent[:5]) + (" ..." if len(absent) > 5 else "")
+            rank_zero_warn(f"no pixel of the {stage} masks has {len(absent)} of the classes: {shown}")
         scores = summarize(self.confusion_matrix)
         self.log_dict({f"{stage}/{name}": value for name, value in scores.items()}, prog_bar=True, sync_dist=True)
 
@@ -181,13 +184,19 @@ def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != IGNORED).sum().clamp(min=1)
 
 
+def of_each_class(confusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels, IoU and accuracy of each class, from pixels by class (rows) and by the class given to them; nan where there are none."""
+    counts = confusion.double()
+    hits, pixels = counts.diagonal(), counts.sum(1)
+    return pixels, hits / (pixels + counts.sum(0) - hits), hits / pixels
+
+
 def summarize(confusion: Tensor) -> dict[str, float]:
     """Mean IoU, mean accuracy of the classes and accuracy of all pixels, from pixels by class (rows) and by the class given to them.
 
     A class that no pixel has or gets is left out of the means.
     """
+    _, iou, accuracy = of_each_class(confusion)
     counts = confusion.double()
-    hits, pixels = counts.diagonal(), counts.sum(1)
-    iou = hits / (pixels + counts.sum(0) - hits)
-    scores = {"miou": iou.nanmean(), "macc": (hits / pixels).nanmean(), "aacc": hits.sum() / counts.sum()}
+    scores = {"miou": iou.nanmean(), "macc": accuracy.nanmean(), "aacc": counts.diagonal().sum() / counts.sum()}
     return {name: value.item() for name, value in scores.items()}

@@ -93,7 +93,7 @@ class TestCoco:
         assert np.array_equal(data.images("train").read(0)[1]["masks"][0], mask)
         content["annotations"][0]["segmentation"] = rle(mask[:-1])
         (root / "train.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=r"train.json: annotation 0 has a run-length code for 60x39 pixels; its image has 60x40"):
+        with pytest.raises(ValueError, match=r"train.json: annotation 0: a run-length code for 60x39 pixels; its image has 60x40"):
             load(root, masks=True)
         assert len(load(root).images("train")) == 3, "masks are not looked at where none are wanted"
 
@@ -112,16 +112,27 @@ class TestCoco:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda c: c["annotations"][1].update(image_id=99), "train.json: annotation 1 has image_id 99, which is not in the file"),
-            (lambda c: c["annotations"][1].update(category_id=99), "annotation 1 has category_id 99"),
+            (lambda c: c["annotations"][1].update(image_id=99), "train.json: annotation 1: image_id 99 is not in the file"),
+            (lambda c: c["annotations"][1].update(category_id=99), "annotation 1: category_id 99"),
             (lambda c: c["annotations"][1].update(id=0), "train.json: annotations with the same id: 0"),
             (lambda c: c["images"][1].update(id=10), "train.json: images with the same id: 10"),
             (lambda c: c["categories"][1].update(id=7), "train.json: categories with the same id: 7"),
             (lambda c: c.pop("categories"), "not in COCO's format: KeyError"),
-            (lambda c: c["annotations"][1].pop("bbox"), "not in COCO's format: KeyError"),
+            (lambda c: c["annotations"][1].pop("bbox"), r"annotation 1: KeyError\('bbox'\)"),
+            (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), r"annotation 1: bbox \[1, 2, 3\] is not x, y, width and height"),
+            (lambda c: c["annotations"][1].update(bbox=["a", 2, 3, 4]), "annotation 1: could not convert string to float"),
+            (lambda c: c["annotations"][1].update(bbox=[1, 2, float("nan"), 4]), "annotation 1: bbox .* is not finite"),
+            (lambda c: c["images"][1].update(width="wide"), "image 11 has 'wide'x40 pixels"),
+            (lambda c: c["images"][1].pop("file_name"), "not in COCO's format: KeyError"),
+            (
+                lambda c: c["annotations"][1].update(segmentation=dict(size=[40, 60], counts=[20, 10])),
+                "annotation 1: a run-length code of 30",
+            ),
+            (lambda c: c["annotations"][1].update(segmentation=dict(size=[40, 60])), r"annotation 1: KeyError\('counts'\)"),
+            (lambda c: c["annotations"][1].update(segmentation=[["a"] * 6]), "annotation 1: a polygon of what are no numbers"),
             (
                 lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4]]),
-                "annotation 0 has no mask: polygons must have",
+                "annotation 0: no mask: polygons must have",
             ),
             (lambda c: c["categories"].append(dict(id=9, name="wasp")), "has the classes"),
         ],
@@ -132,6 +143,19 @@ class TestCoco:
         (root / "train.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
             load(root, masks=True)
+
+    def test_a_code_that_cannot_be_decoded(self, root):
+        """It is passed over like a damaged image."""
+        content = coco(root, "val")
+        content["annotations"][0]["segmentation"] = dict(size=[40, 60], counts="~~~~")
+        (root / "val.json").write_text(json.dumps(content))
+        first = next(iter(load(root, masks=True).val_dataloader()))
+        assert "0.png: its masks cannot be decoded" in first.damaged[0]
+
+    def test_a_split_without_images(self, root):
+        coco(root, "val", images=[], annotations=[])
+        with pytest.raises(ValueError, match="the split val has no images"):
+            load(root)
 
     def test_files_that_are_missing(self, root):
         (root / "train" / "2.png").unlink()
@@ -196,6 +220,14 @@ class TestVoc:
         assert target["crowd"].tolist() == [False, True, False]
         assert target["area"].tolist() == [1200, 50, 50]
 
+    def test_names_with_spaces_and_sizes_with_points(self, root):
+        for old, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+            (root / old / f"val1{suffix}").rename(root / old / f"val 1{suffix}")
+        xml = root / "Annotations/val 1.xml"
+        xml.write_text(xml.read_text().replace("<width>60<", "<width>60.0<"))
+        (root / "ImageSets/Main/val.txt").write_text("val 1\n\n")
+        assert VocData(root, num_workers=0).images("val").read(0)[0].size == (60, 40)
+
     def test_annotations_that_will_not_do(self, root):
         (root / "Annotations/val1.xml").write_text("<annotation>")
         with pytest.raises(ValueError, match=r"val1.xml is not XML"):
@@ -203,8 +235,15 @@ class TestVoc:
         (root / "Annotations/val1.xml").write_text("<annotation></annotation>")
         with pytest.raises(ValueError, match=r"val1.jpg: the annotation has no size/width"):
             VocData(root)
+        for now, message in [("<xmin></xmin>", "bndbox/xmin is ''"), ("<xmin>left</xmin>", "xmin is 'left', not a number")]:
+            (root / "Annotations/val1.xml").write_text(XML.format(name="val").replace("<xmin>21</xmin>", now))
+            with pytest.raises(ValueError, match=rf"val1.jpg: the annotation's .*{message}"):
+                VocData(root)
         (root / "Annotations/val1.xml").unlink()
         with pytest.raises(FileNotFoundError, match=r"no annotation at .*val1.xml"):
+            VocData(root)
+        (root / "ImageSets/Main/val.txt").write_text("train1\ntrain1\n")
+        with pytest.raises(ValueError, match=r"val.txt: images with the same id: train1"):
             VocData(root)
         (root / "ImageSets/Main/val.txt").unlink()
         with pytest.raises(FileNotFoundError, match="no list of images at"):

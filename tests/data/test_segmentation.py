@@ -1,4 +1,5 @@
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -137,6 +138,7 @@ class TestFolders:
         data = ImageMaskFolders(root, ["a", "b", "c", "d"], batch_size=1, num_workers=0)
         first, second, third = data.val_dataloader()
         assert "the mask has 50x41 pixels, its image 50x40" in first.damaged[0]
+        assert first.names == second.names == [""], "what stands in for an image has no name"
         assert (first.targets[0] == IGNORED).all()
         assert "1.png: not an image" in second.damaged[0]
         assert not third.damaged
@@ -146,8 +148,16 @@ class TestFolders:
             ImageMaskFolders(tmp_path, ["a", "b"])
         root = make_folders(tmp_path, {"train": 3, "val": 1})
         (root / "masks/train/2.png").unlink()
-        with pytest.raises(FileNotFoundError, match=r"1 of 3 images have no mask, such as .*masks/train/2.png"):
+        with pytest.raises(FileNotFoundError, match=r"split train: 1 of 3 images have no mask, such as .*masks/train/2.png"):
             ImageMaskFolders(root, ["a", "b"])
+        (root / "images/train/2.png").rename(root / "images/train/1.jpg")
+        with pytest.raises(ValueError, match=r"two images or more have the mask .*masks/train/1.png"):
+            ImageMaskFolders(root, ["a", "b"])
+
+    def test_images_for_test_whose_masks_are_kept_secret(self, tmp_path):
+        root = make_folders(tmp_path, {"train": 2, "val": 1, "test": 2})
+        shutil.rmtree(root / "masks/test")
+        assert sorted(ImageMaskFolders(root, ["a", "b"]).splits) == ["train", "val"]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -155,6 +165,9 @@ class TestFolders:
             ({"crop_size": 0}, "crop_size=0 is not"),
             ({"short_side": 0}, "short_side=0 is not"),
             ({"scale": (2.0, 1.0)}, r"scale=\(2.0, 1.0\) is not a range"),
+            ({"scale": (0.5,)}, r"scale=\(0.5,\) is not a range"),
+            ({"long_side": 100}, "long_side=100 is less than short_side=512"),
+            ({"classes": ["a", "b", "a"]}, "has a name more than once"),
             ({"max_class_share": 2.0}, r"max_class_share=2.0 is not in \[0, 1\]"),
             ({"classes": "camvit"}, "classes='camvit' is no file, and no known set: did you mean camvid"),
             ({"classes": [str(n) for n in range(300)]}, "are 300; masks tell no more than 255 apart"),
@@ -168,12 +181,18 @@ class TestFolders:
 
 class TestMasks:
     def test_numbers(self, tmp_path):
-        numbers = np.array([[0, 1, 2], [3, 200, 255]], dtype=np.uint8)
+        numbers = np.array([[0, 1, 2], [3, 200, 200]], dtype=np.uint8)
         Image.fromarray(numbers).save(tmp_path / "m.png")
         assert np.array(read_mask(tmp_path / "m.png", 4, ignored=200)).tolist() == [[0, 1, 2], [3, 255, 255]]
-        assert np.array(read_mask(tmp_path / "m.png", 201, first=1)).tolist() == [[255, 0, 1], [2, 199, 255]]
+        assert np.array(read_mask(tmp_path / "m.png", 201, first=1)).tolist() == [[255, 0, 1], [2, 199, 199]]
         with pytest.raises(ValueError, match=r"m.png: the mask has the class 3, but the 3 classes are 0 to 2, and 200 is ignored"):
             read_mask(tmp_path / "m.png", 3, ignored=200)
+
+    @pytest.mark.parametrize(("number", "options"), [(255, dict(ignored=11)), (256, dict(first=1))])
+    def test_numbers_that_look_like_none_after_a_shift(self, tmp_path, number, options):
+        Image.fromarray(np.array([[number, 1]], dtype=np.uint16)).save(tmp_path / "m.png")
+        with pytest.raises(ValueError, match=f"the mask has the class {number}, but the 4 classes"):
+            read_mask(tmp_path / "m.png", 4, **options)
 
     def test_files_that_are_no_masks(self, tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / "colours.png")
@@ -201,6 +220,11 @@ class TestMasks:
         assert read_classes("cityscapes").names[10:14] == ["sky", "person", "rider", "car"]
         (tmp_path / "mine.csv").write_text("name,red,green,blue\nleaf,0,128,0\nsoil,90,60,20\n")
         assert read_classes(tmp_path / "mine.csv") == (["leaf", "soil"], [(0, 128, 0), (90, 60, 20)])
+        (tmp_path / "excel.csv").write_text("name\nleaf\nsoil\n", encoding="utf-8-sig")
+        assert read_classes(tmp_path / "excel.csv") == (["leaf", "soil"], default_palette(2))
+        (tmp_path / "latin.csv").write_bytes("name\nfl\xe4che\n".encode("latin-1"))
+        with pytest.raises(ValueError, match="as UTF-8 text"):
+            read_classes(tmp_path / "latin.csv")
         (tmp_path / "odd.csv").write_text("name,red\nleaf,0\n")
         with pytest.raises(ValueError, match="needs the columns name,red,green,blue"):
             read_classes(tmp_path / "odd.csv")

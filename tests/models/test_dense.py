@@ -178,7 +178,7 @@ class TestDetectorOptions:
         [
             ("mask_rcnn", {"head_norms": True}, "head_norms=True is for retinanet"),
             ("retinanet", {"head_norms": True, "pyramid_channels": 20}, "a multiple of 8 as pyramid_channels=20"),
-            ("retinanet", {"anchor_scale": 0.0}, r"anchor_scale=0\.0 must be above 0"),
+            ("retinanet", {"anchor_scale": 0.0}, r"anchor_scale=0\.0 must be 0\.25 or more"),
         ],
     )
     def test_what_does_not_go_together(self, detector, options, message):

@@ -96,7 +96,7 @@ def test_sizes(limits, expected):
     [
         ({"window": 0}, "window=0 is not a number of pixels"),
         ({"window": 32, "stride": 40}, "stride=40 leaves gaps between windows of window=32"),
-        ({"stride": 40}, "stride=40 leaves gaps between windows of window=None"),
+        ({"stride": 40}, "stride=40 is for windows: set window too"),
         ({"scales": ()}, r"scales=\(\) are not factors above 0"),
         ({"scales": (1.0, 0.0)}, "are not factors above 0"),
     ],

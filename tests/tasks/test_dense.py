@@ -133,6 +133,8 @@ class TestSegmentation:
         [
             ({"head": "fcn"}, "head='fcn' is none of semantic_fpn, upernet"),
             ({"backbone": "vit_tiny_patch16_224"}, "gives maps at strides"),
+            ({"head_args": {"chanels": 3}}, "semantic_fpn takes no chanels; did you mean channels"),
+            ({"scales": (float("nan"),)}, r"scales=\(nan,\) are not factors above 0"),
             ({"schedule": "steps"}, "schedule='steps' is unknown: did you mean step"),
             ({"schedule": "step"}, "milestones=None must be epochs that grow"),
             ({"schedule": "step", "milestones": [3, 2]}, r"milestones=\[3, 2\] must be epochs that grow"),
@@ -274,6 +276,7 @@ class TestDetection:
         [
             ({"detector": "yolo"}, "detector='yolo' is none of retinanet, faster_rcnn, mask_rcnn"),
             ({"detector_args": {"anchors": 3}}, "retinanet takes no anchors; did you mean anchor_generator"),
+            ({"detector_args": {"min_size": 300}}, "retinanet takes no min_size"),
             ({"short_side": 0}, "short_side=0 must be above 0"),
         ],
     )
