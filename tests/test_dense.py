@@ -229,10 +229,16 @@ class TestSegmentation:
         assert main(line) == 0
         assert len(list((tmp_path / "out/pictures").iterdir())) == len(others)
 
-    def test_half_precision(self, inside, runs, tmp_path):
-        line = ["validate", "--ckpt_path", str(SEGMENTER), "--trainer.precision", "bf16-true", "--output", str(tmp_path)]
-        assert main(line) == 0
-        assert 0 <= json.loads((tmp_path / "metrics.json").read_text())["scores"]["miou"] < 1
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_number_outside_the_classes(self, inside, tmp_path, capsys, workers):
+        """One line, also from a process that loads images."""
+        shutil.copytree("camvid", tmp_path / "camvid")
+        for file in (tmp_path / "camvid/annotations/train").iterdir():
+            Image.fromarray(np.full((240, 320), 200, dtype=np.uint8)).save(file)
+        line = ["fit", "--config", "segment.yaml", "--data.root", str(tmp_path / "camvid"), "--data.num_workers", str(workers)]
+        assert main([*line, "--trainer.default_root_dir", str(tmp_path)]) == 2
+        (said,) = (text for text in capsys.readouterr().err.splitlines() if "error:" in text)
+        assert "the mask has the class 200, but the 11 classes are 0 to 10, and 11 is ignored" in said
 
     def test_mistakes(self, inside, runs, tmp_path, capsys):
         def error(*line):

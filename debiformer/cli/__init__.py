@@ -11,6 +11,7 @@ from typing import NamedTuple
 from .. import __version__
 from ..nearest import did_you_mean
 
+PACKAGE = Path(__file__).parents[1]
 EXTRAS = {"train": ("lightning", "jsonargparse", "torchmetrics", "tensorboard", "rich", "faster_coco_eval"), "explain": ("matplotlib",)}
 
 
@@ -71,8 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
 def written_by_us(error: BaseException | None) -> BaseException | None:
     """The error itself, or what caused it, if this package raised it for the user to read: a traceback would bury it."""
     while error is not None:
+        head, _, said = str(error).rpartition(f"\n{type(error).__name__}: ")
+        if "in DataLoader worker process" in head and str(PACKAGE) in head.rpartition("  File ")[2]:  # which hands on its traceback as text
+            return type(error)(said.strip())
         frames = traceback.extract_tb(error.__traceback__)  # none of a cause that was never raised itself
-        ours = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+        ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
         if ours and isinstance(error, ValueError | OSError | RuntimeError | ImportError | FloatingPointError):
             return error
         error = error.__cause__

@@ -275,11 +275,16 @@ class CamVid(ImageMaskFolders):
 
     Args:
         root: The folder that holds images and annotations.
-        crop_size, short_side: As for `ImageMaskFolders`.
+        masks, crop_size, short_side: As for `ImageMaskFolders`.
         options: As for `ImageMaskFolders`.
     """
 
-    def __init__(self, root: str | Path, crop_size: int | tuple[int, int] = 352, short_side: int = 360, **options: Any) -> None:
-        super().__init__(
-            root, "camvid", masks="annotations/{split}", ignored_class=11, crop_size=crop_size, short_side=short_side, **options
-        )
+    def __init__(
+        self,
+        root: str | Path,
+        masks: str = "annotations/{split}",
+        crop_size: int | tuple[int, int] = 352,
+        short_side: int = 360,
+        **options: Any,
+    ) -> None:
+        super().__init__(root, "camvid", masks=masks, ignored_class=11, crop_size=crop_size, short_side=short_side, **options)

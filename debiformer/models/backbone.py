@@ -6,7 +6,7 @@ import timm
 from torch import Tensor, nn
 
 from ..nearest import did_you_mean
-from .checkpoints import load_published
+from .checkpoints import backbone_inside, differences, list_problems, load_published, read_checkpoint
 from .pyramid import Pyramid
 from .weights import load_weights
 
@@ -19,7 +19,7 @@ class Backbone(nn.Module):
     Args:
         name: A hierarchical timm model.
         pretrained: True takes the weights that timm knows for the model, a path those of that file: a published checkpoint of ours or of
-            timm's. What such a file holds for classification is left out.
+            timm's, or one of a dense run here. What such a file holds for a task is left out.
         freeze_norms: Keep batch norms as they are: neither their statistics nor their weights are trained.
         options: Further arguments of the model's constructor.
 
@@ -42,6 +42,11 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone={name!r} with pretrained={pretrained!r} and {options}: {error}") from error
         if isinstance(pretrained, str) and isinstance(self.maps.model, Pyramid):
             load_published(pretrained, self.maps)
+        elif isinstance(pretrained, str) and (inside := backbone_inside(read_checkpoint(pretrained))):
+            problems = differences(inside, self.maps.model.state_dict())
+            if any(problems.values()):
+                raise ValueError(f"the backbone in pretrained={pretrained!r} does not fit {name}.{list_problems(problems)}")
+            self.maps.model.load_state_dict(inside)
         elif isinstance(pretrained, str):
             whole = timm.create_model(name, **options)
             load_weights(whole, pretrained)

@@ -4,7 +4,7 @@ import sys
 
 from torch import nn
 
-from .checkpoints import backbone_inside, checkpoint_filter_fn, read_checkpoint
+from .checkpoints import checkpoint_filter_fn, read_checkpoint
 from .pyramid import Pyramid
 
 
@@ -16,8 +16,6 @@ def load_weights(model: nn.Module, path: str) -> None:
         ValueError: If the file is no checkpoint, lacks weights of the model, or brings others.
     """
     weights = read_checkpoint(path)
-    if inside := backbone_inside(weights):
-        weights = inside
     if all(name.startswith("model.") for name in weights):  # of a run of ours
         weights = {name.removeprefix("model."): value for name, value in weights.items()}
     from_published_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # where timm's models keep it

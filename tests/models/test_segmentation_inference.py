@@ -104,3 +104,12 @@ def test_sizes(limits, expected):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Inference(**arguments)
+
+
+def test_half_precision():
+    """Which PyTorch cannot resize with antialiasing on a CPU."""
+    image = torch.randn(3, 40, 50, dtype=torch.bfloat16)
+    found = segment(lambda images: images, image, Inference(short_side=20))
+    exact = F.interpolate(image[None].float(), size=(20, 25), mode="bilinear", antialias=True)
+    expected = F.interpolate(exact, size=(40, 50), mode="bilinear")[0].argmax(0)
+    assert (found == expected).float().mean() > 0.97
