@@ -98,6 +98,7 @@ def plot(task: str, rows: list[dict[str, Any]]) -> Path:
         epochs, values = zip(*row["curve"], strict=True)
         axes.plot(epochs, [100 * value for value in values], color=MODELS[row["model"]][2], marker="o", markersize=4, label=row["model"])
     axes.legend(frameon=False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="epochs", ylabel=f"{TASKS[task].axis} on the validation images, %", title=TASKS[task].title)
     figure.savefig(RESULTS / f"{task}.png", dpi=110)
     return RESULTS / f"{task}.png"

@@ -25,7 +25,8 @@ def processor() -> str:
 
 def save(name: str, results: Any, device: str = "cpu", packages: Sequence[str] = ()) -> Path:
     """Write results beside the command, the machine, the versions and the date; those of a GPU go by its name too."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]  # where files lie here means nothing elsewhere
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
     if device != "cpu":
         machine["gpu"] = torch.cuda.get_device_name(device)
