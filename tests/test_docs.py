@@ -46,6 +46,9 @@ def test_commands_parse(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name, *arguments = shlex.split(line)[1:]
     assert name in COMMANDS
+    if "mine.yaml" in arguments:  # which the page shows
+        (page,) = (page for page in PAGES if line in PAGES[page])
+        (tmp_path / "mine.yaml").write_text(blocks(page, "yaml")[0])
     if name == "fit":  # everything but the checkpoint to resume from, which is not there
         with pytest.raises(SystemExit, match=r"^0$"):
             main(["fit", *arguments, "--print_config"])
