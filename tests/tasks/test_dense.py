@@ -243,7 +243,8 @@ class TestDetection:
         image[:, 20:52, 30:70] = 1.0
         mask = image[:1].to(torch.uint8)
         target = dict(boxes=torch.tensor([[30.0, 20, 70, 52]]), labels=torch.tensor([1]), masks=mask)
-        task = detection(detector=detector, lr=3e-3, weight_decay=0.0, warmup_steps=10)
+        few = {} if detector == "retinanet" else dict(box_batch_size_per_image=128, rpn_post_nms_top_n_train=200)
+        task = detection(detector=detector, detector_args=few, lr=3e-3, weight_decay=0.0, warmup_steps=10)
         batch = ImageBatch([image, image], [target, target], ["x", "y"], [])
         Trainer(**QUIET, max_epochs=150 if detector == "retinanet" else 60, limit_val_batches=0).fit(task, Batches([batch]))
         with torch.no_grad():
