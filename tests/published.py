@@ -12,6 +12,12 @@ def published(segmenter_or_detector, names):
                 key = re.sub(ours, theirs, key)
                 break
         found[key] = value
+    roi = "roi_head.bbox_head."
+    if f"{roi}fc_cls.weight" in found:  # theirs have the background last, and neither boxes nor masks of it
+        for leaf in ("weight", "bias"):
+            found[f"{roi}fc_cls.{leaf}"] = found[f"{roi}fc_cls.{leaf}"].roll(-1, 0)
+            found[f"{roi}fc_reg.{leaf}"] = found[f"{roi}fc_reg.{leaf}"][4:]
+            found[f"roi_head.mask_head.conv_logits.{leaf}"] = found[f"roi_head.mask_head.conv_logits.{leaf}"][1:]
     return {"state_dict": found, "meta": {}}
 
 

@@ -177,7 +177,11 @@ class TestSegmentation:
 
     def test_evaluation_in_another_way(self, inside, runs, tmp_path):
         ways = ["--model.scales", "[0.5, 1.0]", "--model.flip", "true", "--model.window", "64"]
-        assert main(["validate", "--ckpt_path", str(SEGMENTER), *ways, "--output", str(tmp_path)]) == 0
+        ways += ["--model.head_args", "{channels: 16, pyramid_channels: 32}"]
+        with pytest.warns(UserWarning, match=r"--model\.\w+ is left as it is") as told:
+            assert main(["validate", "--ckpt_path", str(SEGMENTER), *ways, "--output", str(tmp_path)]) == 0
+        kept = [str(warning.message).split()[0] for warning in told if "is left as it is" in str(warning.message)]
+        assert kept == ["--model.head_args"], "and not head too"
         record = json.loads((tmp_path / "metrics.json").read_text())
         expected = dict(short_side=96, long_side=2048, window=64, stride=None, scales=[0.5, 1.0], flip=True)
         assert record["inference"] == expected

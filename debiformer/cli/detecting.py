@@ -31,6 +31,7 @@ def run(arguments: list[str]) -> int:
     task = load_task(DetectionTask, options.checkpoint, options.device)
     check_folder(options.output)
     classes = task.hparams["class_names"]
+    palette = default_palette(len(classes))
     images: list[dict[str, Any]] = []
     with (options.output / "detections.json").open("w", encoding="utf-8") as file:
         file.write('{"annotations": [')  # one after the other: they need not fit into memory
@@ -42,7 +43,7 @@ def run(arguments: list[str]) -> int:
                 count += 1
                 file.write(("\n" if count == 1 else ",\n") + json.dumps({"id": count} | row))
             if options.draw:
-                write(draw(image, found, classes, default_palette(len(classes))), options.output / "pictures", name, ".jpg")
+                write(draw(image, found, classes, palette), options.output / "pictures", name, ".jpg")
         categories = [dict(id=number, name=name) for number, name in enumerate(classes, 1)]
         file.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(categories)}}}\n')
     print(f"written  {options.output / 'detections.json'}, of {len(images)} images")

@@ -201,8 +201,9 @@ class TrainingCLI(LightningCLI):
         self.folder = Path(config.trainer.default_root_dir) / config.name
         if self.subcommand != "fit":
             hparams = self.read(config.ckpt_path)["hyper_parameters"]
+            given = {word.partition("=")[0] for word in self.line}
             for name in self.kind.architecture:
-                if f"--model.{name}" in " ".join(self.line):
+                if any(word == f"--model.{name}" or word.startswith(f"--model.{name}.") for word in given):
                     rank_zero_warn(f"--model.{name} is left as it is in {config.ckpt_path}: its weights are for {hparams[name]}")
                 config.model[name] = hparams[name]
             config.model.pretrained = False

@@ -69,9 +69,10 @@ def read_coco(file: Path, folder: Path, masks: bool) -> tuple[list[Record], list
         for row in annotations:
             where = f"{file}: annotation {row['id']}"
             try:
-                instances.setdefault(row["image_id"], []).append(to_instance(row, sizes, labels, masks))
+                instance = to_instance(row, sizes, labels, masks)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{where}: {error if type(error) is ValueError else repr(error)}") from error
+            instances[row["image_id"]].append(instance)
         records = [Record(folder / image["file_name"], sizes[image["id"]], image["id"], instances[image["id"]]) for image in images]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error

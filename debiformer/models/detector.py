@@ -12,7 +12,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
-from ..nearest import did_you_mean
+from ..nearest import check_names
 from .backbone import Backbone
 from .heads.published import RCNN, RETINANET, background_first, heads_in_our_names
 
@@ -114,11 +114,9 @@ class Detector(nn.Module):
         body = Backbone(backbone, pretrained, freeze_norms, **(backbone_args or {}))
         options: dict[str, Any] = dict(min_size=short_side, max_size=long_side, image_mean=[0.0] * 3, image_std=[1.0] * 3)
         given = detector_args or {}
-        ours = {"backbone", "num_classes", "min_size", "max_size", "kwargs"}
+        ours = ("backbone", "num_classes", "min_size", "max_size", "kwargs")
         known = [name for name in signature(DETECTORS[detector]).parameters if name not in ours]
-        for name in given:
-            if name not in known:  # torchvision would swallow it
-                raise ValueError(f"detector_args={given}: {detector} takes no {name}; {did_you_mean(name, known)}")
+        check_names("detector_args", given, detector, known)  # torchvision would swallow others
         if detector == "retinanet":
             pyramid = FeaturePyramid(body, 1, pyramid_channels, CoarserLevels(body.channels[-1], pyramid_channels))
             norm = partial(nn.GroupNorm, pyramid_channels // 8) if head_norms else None

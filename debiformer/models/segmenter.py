@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nearest import did_you_mean
+from ..nearest import check_names
 from .backbone import Backbone
 from .heads import FCNHead, SemanticFPNHead, UPerNetHead
 from .heads.pixels import enlarge
@@ -52,9 +52,7 @@ class Segmenter(nn.Module):
         channels = self.backbone.channels
         make = SemanticFPNHead if head == "semantic_fpn" else UPerNetHead
         known = [name for name in signature(make).parameters if name not in ("in_channels", "num_classes")]
-        for name in head_args or {}:
-            if name not in known:
-                raise ValueError(f"head_args={head_args}: {head} takes no {name}; {did_you_mean(name, known)}")
+        check_names("head_args", head_args or {}, head, known)
         self.head = make(channels, num_classes, **(head_args or {}))
         self.auxiliary = FCNHead(channels[2], num_classes) if head == "upernet" else None
 

@@ -170,7 +170,8 @@ class SegmentationTask(DenseTask):
     def _conclude(self, stage: str) -> None:
         self.confusion_matrix = self.counts.compute().cpu()
         self.counts.reset()
-        absent = [score.name for score in self.class_scores if not score.pixels]
+        pixels = self.confusion_matrix.sum(1).tolist()
+        absent = [name for name, count in zip(self.hparams["class_names"], pixels, strict=True) if not count]
         if absent and not self.trainer.sanity_checking:
             shown = ", ".join(absent[:5]) + (" ..." if len(absent) > 5 else "")
             rank_zero_warn(f"no pixel of the {stage} masks has {len(absent)} of the classes: {shown}")
