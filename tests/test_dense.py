@@ -234,7 +234,7 @@ class TestSegmentation:
         assert len(list((tmp_path / "out/pictures").iterdir())) == len(others)
 
     @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_number_outside_the_classes(self, inside, tmp_path, capsys, workers):
+    def test_a_number_outside_the_classes(self, inside, runs, tmp_path, capsys, workers):
         """One line, also from a process that loads images."""
         shutil.copytree("camvid", tmp_path / "camvid")
         for file in (tmp_path / "camvid/annotations/train").iterdir():

@@ -136,6 +136,18 @@ def test_segmenter_on_any_size(head):
     assert model.eval()(images).shape == (2, 5, 70, 101)
 
 
+def test_upernet_wants_two_images_to_train_on():
+    def maps(count):
+        return [torch.randn(count, 8, side, side) for side in (16, 8, 4, 2)]
+
+    head = UPerNetHead((8, 8, 8, 8), 3, channels=4)
+    with pytest.raises(ValueError, match="batch_size=1: UPerNet's batch norms train on two images or more"):
+        head(maps(1))
+    assert head(maps(2)).shape == (2, 3, 16, 16)
+    assert UPerNetHead((8, 8, 8, 8), 3, channels=4, pool_sizes=(2, 3))(maps(1)).shape == (1, 3, 16, 16)
+    assert head.eval()(maps(1)).shape == (1, 3, 16, 16)
+
+
 class TestDetectorOptions:
     @staticmethod
     def sizes(detector, levels, **options):

@@ -18,6 +18,9 @@ class UPerNetHead(nn.Module):
         channels: Channels of the pyramid and of everything after it.
         pool_sizes: Grids that the coarsest map is averaged to.
         dropout: Probability that a channel is dropped before the last convolution.
+
+    Raises:
+        ValueError: In `forward`, if it trains on one image: batch norm learns nothing from a map that is averaged to one pixel.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class UPerNetHead(nn.Module):
     ) -> None:
         super().__init__()
         coarsest = in_channels[-1]
+        self.averages = 1 in pool_sizes
         self.pools = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(size), Conv2dNormActivation(coarsest, channels, 1)) for size in pool_sizes
         )
@@ -41,6 +45,8 @@ class UPerNetHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         top = maps[-1]
+        if self.training and len(top) == 1 and self.averages and not any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
+            raise ValueError("batch_size=1: UPerNet's batch norms train on two images or more, as one of its maps is averaged to one pixel")
         pooled = [enlarge(pool(top), top.shape[2:]) for pool in self.pools]
         levels = [lateral(x) for lateral, x in zip(self.lateral, maps[:-1], strict=True)]
         levels.append(self.bottleneck(torch.cat([top, *pooled], dim=1)))
