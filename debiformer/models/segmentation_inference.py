@@ -82,30 +82,35 @@ def view(model: Model, image: Tensor, size: tuple[int, int], mirrored: bool, how
         image = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0].to(image.dtype)  # no kernel for halves
     if mirrored:
         image = image.flip(-1)
-    logits = model(image[None])[0] if how.window is None else torch.cat(list(slide(model, image, how.window, how.stride)), dim=1)
+    if how.window is None:
+        logits = model(image[None])[0]
+    else:
+        logits = torch.cat([band.clone() for band in slide(model, image, how.window, how.stride)], dim=1)
     return logits.flip(-1) if mirrored else logits
 
 
 def slide(model: Model, image: Tensor, window: int, stride: int | None) -> Iterator[Tensor]:
-    """Logits (classes, rows, W) of an image (3, H, W), from top to bottom: means over the windows that see a pixel."""
+    """Logits (classes, rows, W) of an image (3, H, W), from top to bottom: means over the windows that see a pixel.
+
+    All are written to the same memory: each is to be used before the next is asked for.
+    """
     stride = stride or max(window * 2 // 3, 1)
     height, width = image.shape[1:]
     tops, lefts = starts(height, window, stride), starts(width, window, stride)
+    rows = min(window, height)
     total: Tensor | None = None  # of the rows from `top` on, with the number of windows as its last channel
     for top, following in zip(tops, [*tops[1:], height], strict=True):
-        rows = min(window, height - top)
         for left in lefts:
-            crop = image[:, top : top + rows, left : left + window]
-            logits = model(crop[None])[0].float()
+            logits = model(image[None, :, top : top + rows, left : left + window])[0].float()
             if total is None:
                 total = logits.new_zeros(len(logits) + 1, rows, width)
-            elif total.shape[1] < rows:
-                total = torch.cat([total, logits.new_zeros(len(total), rows - total.shape[1], width)], dim=1)
             total[:-1, :, left : left + window] += logits
             total[-1, :, left : left + window] += 1
         assert total is not None
-        yield total[:-1, : following - top] / total[-1, : following - top]
-        total = total[:, following - top :].clone()
+        done = following - top
+        yield total[:-1, :done].div_(total[-1, :done])
+        total[:, : rows - done] = total[:, done:].clone()
+        total[:, rows - done :] = 0
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:

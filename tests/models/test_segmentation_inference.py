@@ -31,7 +31,7 @@ def test_windows_are_averaged(model, size, window, stride):
                 total[:, *at] += model(image[None, :, *at])[0].double().numpy()
             count[at] += 1
     with torch.no_grad():
-        found = torch.cat(list(slide(model, image, window, stride)), dim=1)
+        found = torch.cat([band.clone() for band in slide(model, image, window, stride)], dim=1)
     torch.testing.assert_close(found.double(), torch.from_numpy(total / count), rtol=1e-5, atol=1e-5)
     assert torch.equal(segment(model, image, Inference(window=window, stride=stride)), found.argmax(0).to(torch.uint8))
 
