@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .heads.pixels import enlarge
 
+ROWS = 32  # of a band that are copied at a time
 BAND = 2**26  # numbers that are held at a time to choose the classes of some rows
 
 
@@ -73,7 +74,8 @@ def segment(model: Model, image: Tensor, how: Inference) -> Tensor:
     else:
         views = [view(model, image, size, mirrored, how) for size, mirrored in product(sizes, (False, True) if how.flip else (False,))]
         bands = fuse(views, height, width)
-    return torch.cat([band.argmax(0).to(torch.uint8) for band in bands])
+    # A few rows at a time: argmax copies what it is given, and counts in int64.
+    return torch.cat([rows.argmax(0).to(torch.uint8) for band in bands for rows in band.split(ROWS, dim=1)])
 
 
 def view(model: Model, image: Tensor, size: tuple[int, int], mirrored: bool, how: Inference) -> Tensor:
@@ -109,7 +111,9 @@ def slide(model: Model, image: Tensor, window: int, stride: int | None) -> Itera
         assert total is not None
         done = following - top
         yield total[:-1, :done].div_(total[-1, :done])
-        total[:, : rows - done] = total[:, done:].clone()
+        for row in range(0, rows - done, ROWS):  # a few at a time: the rows to copy may lie where they go
+            some = slice(row, min(row + ROWS, rows - done))
+            total[:, some] = total[:, some.start + done : some.stop + done].clone()
         total[:, rows - done :] = 0
 
 
