@@ -4,7 +4,8 @@ camvid: Semantic FPN on the 367 training images of CamVid; mean IoU on its 101 v
 images at the end. camvid_upernet: UPerNet likewise. bccd: RetinaNet on BCCD, in its own splits of 205, 87 and 72 images; average precision
 likewise. DeBiFormer against timm's models in the recipes camvid/semantic_fpn_nano, camvid/upernet_nano and bloodcells/retinanet_nano, whose
 backbone alone changes. Each run is a process of its own in --folder, and goes on where it was cut off when the same command is given again.
-Prints the table, draws results/NAME.png, which --plot draws again, and results/NAME_pictures.jpg.
+Results of models that are not run again are kept. Prints the table, draws results/NAME.png, which --plot draws again, and, where the
+folders of all runs are there, results/NAME_pictures.jpg.
 """
 
 import argparse
@@ -128,26 +129,24 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true")
     options = parser.parse_args()
     if options.one:
-        return train(options.task, options.one, options)
-    if options.plot:
-        rows = json.loads((RESULTS / f"{options.task}.json").read_text())["results"]
-        print(plot(options.task, rows))
-        if all(folder_of(options.task, row["model"], options).is_dir() for row in rows):
-            print(pictures(options.task, [row["model"] for row in rows], options))
-        return None
-    if not options.root:
+        train(options.task, options.one, options)
+        return
+    if not options.root and not options.plot:
         parser.error(f"{options.task} needs --root")
-    rows = []
-    for name in options.models:
+    file = RESULTS / f"{options.task}.json"
+    found = {row["model"]: row for row in json.loads(file.read_text())["results"]} if file.exists() else {}
+    for name in [] if options.plot else options.models:
         bench.tell(name)
         if not (folder_of(options.task, name, options) / "evaluation/test/metrics.json").is_file():
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name], check=True, stdout=subprocess.DEVNULL)
-        rows.append(result(options.task, name, options))
-        save(options.task, rows, packages=["lightning"])  # whatever has been measured, should the rest be cut off
+        found[name] = result(options.task, name, options)
+        # Whatever has been measured, should the rest be cut off.
+        save(options.task, [found[name] for name in MODELS if name in found], packages=["lightning"])
+    rows = [found[name] for name in MODELS if name in found]
     print(bench.table([{key: value for key, value in row.items() if key != "curve"} for row in rows]))
     print(plot(options.task, rows))
-    print(pictures(options.task, options.models, options))
-    return None
+    if all(folder_of(options.task, row["model"], options).is_dir() for row in rows):
+        print(pictures(options.task, [row["model"] for row in rows], options))
 
 
 if __name__ == "__main__":
