@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models import PRESETS
+from ..models import ROUTED
 from ..nearest import did_you_mean
 from ..ops import use_backend
 from .arguments import at_least_one
@@ -98,7 +98,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if len(options.image_size) > 2:
         raise ValueError(f"--image-size {' '.join(map(str, options.image_size))}: give one number, or height and width")
     options.image_size = (options.image_size * 2)[:2]
-    if options.region_grid and not any(name in PRESETS for name in options.models):
+    if options.region_grid and not any(name in ROUTED for name in options.models):
         raise ValueError(f"--region-grid {options.region_grid}: none of {', '.join(options.models)} has regions")
     try:
         torch.empty(0, device=options.device)
@@ -111,7 +111,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def model_arguments(name: str, image_size: Sequence[int], region_grid: int | None = None) -> dict[str, Any]:
     """What `timm.create_model` needs to build a model for images of this height and width."""
-    if name in PRESETS:
+    if name in ROUTED:
         return {"region_grid": region_grid} if region_grid else {}
     cfg = timm.get_pretrained_cfg(name)
     return {"img_size": tuple(image_size)} if cfg is not None and cfg.fixed_input_size else {}

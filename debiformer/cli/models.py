@@ -31,8 +31,8 @@ def rows() -> Iterator[Row]:
 def run(arguments: list[str]) -> int:
     """Print the table."""
     argparse.ArgumentParser(prog="debiformer models", description=__doc__).parse_args(arguments)
-    print(f"{'preset':<18}{'params, M':>10}{'GMACs':>8}{'at':>5}  description")
+    print(f"{'preset':<25}{'params, M':>10}{'GMACs':>8}{'at':>5}  description")
     for row in rows():
-        print(f"{row.name:<18}{row.parameters:>10.1f}{row.macs:>8.2f}{row.size:>5}  {row.description}")
+        print(f"{row.name:<25}{row.parameters:>10.1f}{row.macs:>8.2f}{row.size:>5}  {row.description}")
     print('\ntimm.create_model("debiformer_small", num_classes=10) after import debiformer; all take any image from 32x32 up')
     return 0

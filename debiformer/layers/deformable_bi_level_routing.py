@@ -24,12 +24,13 @@ class OffsetNetwork(nn.Module):
         groups: Channel groups with points of their own, G; must divide `dim`. All groups share the weights.
         channels: 1 adds the same number to x and y, as the released code and checkpoints do, so that points move along the diagonal only;
             2 moves them freely, as the paper's text has it.
+        max_offset: Bound of the offsets along either axis, in cells, by tanh as in DAT; None clamps points to the map instead.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, dim: int, kernel_size: int, stride: int, groups: int, channels: int = 1) -> None:
+    def __init__(self, dim: int, kernel_size: int, stride: int, groups: int, channels: int = 1, max_offset: float | None = None) -> None:
         super().__init__()
         check_positive(dim=dim, offset_kernel_size=kernel_size, point_stride=stride, offset_groups=groups)
         if dim % groups:
@@ -38,21 +39,32 @@ class OffsetNetwork(nn.Module):
             raise ValueError(f"offset_kernel_size={kernel_size} is even; the cells it summarises have a centre")
         if channels not in (1, 2):
             raise ValueError(f"offset_channels={channels} is neither 1 (released code) nor 2 (paper)")
-        self.groups, self.stride = groups, stride
+        if max_offset is not None and not max_offset > 0:
+            raise ValueError(f"max_offset={max_offset} is not above 0")
+        self.groups, self.stride, self.max_offset = groups, stride, max_offset
         self.depthwise = DepthwiseConv2d(dim // groups, kernel_size, stride, bias=False)
         self.norm = nn.LayerNorm(dim // groups)
         self.project = nn.Linear(dim // groups, channels, bias=False)
 
     def forward(self, q: Tensor) -> Tensor:
-        """Queries (B, H, W, C) -> points (B, G, h, w, 2) as (x, y) in [-1, 1], with h = ceil(H / stride) and w likewise."""
+        """Queries (B, H, W, C) -> points (B, G, h, w, 2) as (x, y), with h = ceil(H / stride) and w likewise.
+
+        Clamped points are in [-1, 1]; bounded ones at the border may lie `max_offset` cells beyond their own, outside of the map.
+        """
         groups = q.unflatten(-1, (self.groups, q.shape[-1] // self.groups)).permute(0, 3, 1, 2, 4).flatten(0, 1)
         cells = self.depthwise(groups)
         offsets = self.project(F.gelu(self.norm(cells.flatten(1, 2)))).unflatten(1, cells.shape[1:3])
         # Half precision would blur the points by more than a pixel of a large map.
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
         height, width = offsets.shape[1:3]
-        points = offsets + reference_points(height, width, dtype=offsets.dtype, device=offsets.device)
-        return points.clamp(-1, 1).unflatten(0, (q.shape[0], self.groups))
+        reference = reference_points(height, width, dtype=offsets.dtype, device=offsets.device)
+        if self.max_offset is None:
+            points = (offsets + reference).clamp(-1, 1)
+        else:
+            along = offsets.tanh().expand(-1, -1, -1, 2).unbind(-1)
+            cells_to_points = [2 * self.max_offset / n for n in (width, height)]
+            points = reference + torch.stack([x * factor for x, factor in zip(along, cells_to_points, strict=True)], dim=-1)
+        return points.unflatten(0, (q.shape[0], self.groups))
 
 
 @register_notrace_module

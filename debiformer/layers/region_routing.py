@@ -18,6 +18,13 @@ def check_positive(**arguments: int) -> None:
             raise ValueError(f"{name}={value!r} is not a positive integer")
 
 
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise a ValueError unless both are positive integers and `num_heads` divides `dim`."""
+    check_positive(dim=dim, num_heads=num_heads)
+    if dim % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
+
+
 def project_in_parts(linear: nn.Linear, x: Tensor, parts: int) -> tuple[Tensor, ...]:
     """`linear(x)` in equal parts of its channels: views of one product, or a product each in an exported graph, whose views are copies."""
     if not torch.compiler.is_exporting():
@@ -43,9 +50,8 @@ class RegionRouting(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, region_grid: int | Grid, topk: int, soft_routing: bool, layout: str, backend: str) -> None:
         super().__init__()
-        check_positive(dim=dim, num_heads=num_heads, topk=topk)
-        if dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
+        check_heads(dim, num_heads)
+        check_positive(topk=topk)
         if layout not in ("NHWC", "NCHW"):
             raise ValueError(f"layout={layout!r} is neither 'NHWC' nor 'NCHW'")
         check_backend(backend)

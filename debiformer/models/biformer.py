@@ -7,7 +7,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from .pyramid import Pyramid, create, pretrained_cfg
-from .stages import BRA, Full, Stage
+from .stages import BRA, Full, Mixer, Stage
 
 __all__ = ["BiFormer"]
 
@@ -38,7 +38,7 @@ def init_linear(module: nn.Module) -> None:
 
 def stages(depths: tuple[int, ...], width: int) -> tuple[Stage, ...]:
     """The published layout: top-1, 4 and 16 routing, then full attention. A depth of d counts d blocks, as the paper does."""
-    mixers: tuple[BRA | Full, ...] = (BRA(topk=1), BRA(topk=4), BRA(topk=16), Full())
+    mixers: tuple[Mixer, ...] = (BRA(topk=1), BRA(topk=4), BRA(topk=16), Full())
     return tuple(Stage(depth, width << i, (mixer,), mlp_ratio=3) for i, (depth, mixer) in enumerate(zip(depths, mixers, strict=True)))
 
 

@@ -24,7 +24,7 @@ PUBLISHED = {
     ),
     "biformer": (
         "the file {name} of the BiFormer release (https://github.com/rayleizhu/BiFormer, on OneDrive; its links fail since early 2026)",
-        {n: f"{n}_in1k" for n in ("biformer_tiny", "biformer_small", "biformer_base", "biformer_stl")},
+        {n: f"{n}_in1k" for n in ("biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "biformer_stl_nchw")},
     ),
 }
 
@@ -179,12 +179,17 @@ _INSIDE = {
 }
 
 
-def our_name(key: str, paired: bool) -> str:
+# What goes by the same name in both published forms of BiFormer-STL convolves the values in the second.
+_SECOND_FORM = {"lepe": "value_context"}
+
+
+def our_name(key: str, paired: bool, second_form: bool = False) -> str:
     """Our name of a published parameter or buffer; names that are ours already stay.
 
     Args:
         key: A name as the published DeBiFormer, BiFormer or BiFormer-STL has it.
         paired: Whether the published blocks hold two mixers each, as DeBiFormer's do.
+        second_form: Whether they are those of the BiFormer-STL that works on NCHW maps.
     """
     for pattern, replacement in _OUTSIDE:
         key = re.sub(pattern, replacement, key)
@@ -193,7 +198,7 @@ def our_name(key: str, paired: bool) -> str:
     stage, block, part, rest = match[1], int(match[2]), match[3], match[4]
     second, ours = _PAIRED.get(part, (0, part)) if paired else (0, _SINGLE.get(part, part))
     block = 2 * block + second if paired else block
-    names = _INSIDE.get(ours, {})
+    names = _INSIDE.get(ours, {}) | (_SECOND_FORM if second_form and stage == "3" else {})
     path, dot, leaf = rest.rpartition(".")
     return f"stages.{stage}.blocks.{block}.{ours}." + names.get(rest, names.get(path, path) + dot + leaf)
 
@@ -214,8 +219,9 @@ def to_our_names(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             _logger.info("took the backbone, and left %s", ", ".join(others))
         tensors = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
     paired = any(".attn2." in key for key in tensors)
+    second_form = any(".attn.qkv_linear." in key for key in tensors)
     # Published 1x1 convolutions are linear layers here.
-    return {our_name(key, paired): v.flatten(1) if v.ndim == 4 and v.shape[2:] == (1, 1) else v for key, v in tensors.items()}
+    return {our_name(key, paired, second_form): v.flatten(1) if v.ndim == 4 and v.shape[2:] == (1, 1) else v for key, v in tensors.items()}
 
 
 def backbone_inside(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,22 @@
 """What a stage is made of: its mixers, as data, and the block around each."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..layers import BiLevelRoutingAttention, DeformableBiLevelRoutingAttention, FullAttention, ResidualDepthwiseConv2d
 from ..ops.regions import Grid
+
+
+class Mixer(Protocol):
+    """An attention layer as data."""
+
+    def build(self, stage: "Stage", region_grid: Grid, bias_grid: int) -> nn.Module:
+        """The layer, in a stage, with regions of this grid and a bias table for maps of this height and width."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,21 @@ class DBRA:
 class Full:
     """Full attention with local context enhancement, 8 heads at every width, as published."""
 
+    value_context: bool = False
+
     def build(self, stage: "Stage", region_grid: Grid, bias_grid: int) -> nn.Module:
-        return FullAttention(stage.dim)
+        return FullAttention(stage.dim, value_context=self.value_context)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Any other layer, made as layer(dim, num_heads, **options) with the heads of the stage where the options have none."""
+
+    layer: Callable[..., nn.Module]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, stage: "Stage", region_grid: Grid, bias_grid: int) -> nn.Module:
+        return self.layer(stage.dim, **({"num_heads": stage.num_heads} | dict(self.options)))
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,7 @@ class Stage:
 
     depth: int
     dim: int
-    mixers: tuple[BRA | DBRA | Full, ...]
+    mixers: tuple[Mixer, ...]
     mlp_ratio: float
     agent_mlp_ratio: float = 3
 

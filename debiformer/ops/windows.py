@@ -1,0 +1,93 @@
+"""A map cut into windows of a fixed size, or by a grid that spans all of it, and the attention inside."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .grouped_attention import grouped_attention
+from .regions import Grid, crop, merge, pad_to_grid, padded_size, partition
+
+UNSHIFTED = (0, 0)
+
+
+def cut_windows(x: Tensor, window: Grid, shift: Grid = UNSHIFTED) -> Tensor:
+    """Windows (B, N, T, C) of a map (B, H, W, C), row by row, with zeros where they reach beyond it.
+
+    Args:
+        x: Map of any height and width.
+        window: Height and width of a window, with T pixels.
+        shift: Row and column that the first whole window begins at. What lies before it shares windows with what is left at the end.
+    """
+    grid, (height, width) = _window_grid(window, (x.shape[1], x.shape[2]))
+    below, right = height - x.shape[1], width - x.shape[2]
+    x = F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+    return partition(x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x, grid)
+
+
+def lay_windows(windows: Tensor, window: Grid, size: tuple[int, int], shift: Grid = UNSHIFTED) -> Tensor:
+    """Lay windows (B, N, T, C) back into a map (B, H, W, C) of the given height and width; undoes `cut_windows`."""
+    grid, padded = _window_grid(window, size)
+    x = merge(windows, grid, padded)
+    return crop(x.roll(shift, (1, 2)) if any(shift) else x, *size)
+
+
+def _window_grid(window: Grid, size: tuple[int, int]) -> tuple[Grid, tuple[int, int]]:
+    """Rows and columns of windows over a map, and the height and width that they cover."""
+    rows, cols = (-(-n // extent) for n, extent in zip(size, window, strict=True))
+    return (rows, cols), (rows * window[0], cols * window[1])
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: Grid, num_heads: int, *, shift: Grid = UNSHIFTED, bias: Tensor | None = None
+) -> Tensor:
+    """Attention inside the windows of a map; the border cuts windows off, and nothing beyond it takes part.
+
+    Args:
+        q: Query map (B, H, W, C), of any height and width.
+        k: Key map, likewise.
+        v: Value map, likewise.
+        window: Height and width of a window.
+        num_heads: Attention heads; must divide C.
+        shift: Row and column that the first whole window begins at, from 0 to below the window's size; before it lie cut ones.
+        bias: Added to the scores, (heads, T, T) with T = height * width of the window.
+
+    Returns:
+        (B, H, W, C).
+    """
+    size = q.shape[1], q.shape[2]
+    labels = None
+    if any(shift) or _window_grid(window, size)[1] != size:  # cut windows share one with others, or with what is no pixel
+        labels = cut_windows(_sides(size, shift, q.device), window, shift)[0, :, :, 0]
+    q, k, v = (cut_windows(x, window, shift) for x in (q, k, v))
+    return lay_windows(grouped_attention(q, k, v, num_heads, bias=bias, labels=labels), window, size, shift)
+
+
+def _sides(size: tuple[int, int], shift: Grid, device: torch.device) -> Tensor:
+    """Labels (1, H, W, 1) from 1 to 4: the pixels before and after the shift along either axis. 0 is left for what is no pixel."""
+    below, right = ((torch.arange(n, device=device) >= first).long() for n, first in zip(size, shift, strict=True))
+    return (1 + 2 * below.unsqueeze(1) + right).view(1, *size, 1)
+
+
+def grid_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, num_heads: int, *, bias: Tensor | None = None) -> Tensor:
+    """Attention between the pixels at the same place of every cell, where a grid cuts a map into cells (MaxViT, section 3.2).
+
+    Args:
+        q: Query map (B, H, W, C), of any height and width; the border cuts the last cells off.
+        k: Key map, likewise.
+        v: Value map, likewise.
+        grid: Rows and columns of cells.
+        num_heads: Attention heads; must divide C.
+        bias: Added to the scores, (heads, T, T) with T = rows * columns of the grid.
+
+    Returns:
+        (B, H, W, C).
+    """
+    size = q.shape[1], q.shape[2]
+    padded = padded_size(grid, size)
+
+    def cut(x: Tensor) -> Tensor:
+        return partition(pad_to_grid(x, grid), grid).transpose(1, 2)
+
+    labels = None if padded == size else cut(torch.ones(1, *size, 1, device=q.device))[0, :, :, 0]
+    out = grouped_attention(cut(q), cut(k), cut(v), num_heads, bias=bias, labels=labels)
+    return crop(merge(out.transpose(1, 2), grid, padded), *size)
