@@ -1,14 +1,16 @@
-"""Accuracy on CIFAR-10 at equal parameters and recipe: python benchmarks/cifar10.py --train cifar10-train.tar --test cifar10-test.tar
+"""Accuracy on CIFAR-10 at equal recipe: python benchmarks/cifar10.py [peers | table5] --train cifar10-train.tar --test cifar10-test.tar
 
-DeBiFormer-nano, a BiFormer and three of timm's models, cut down to its size, train by the recipe cifar10/debiformer_nano, and are tested on
-all test images as they go: no choice is made by the test images, the last accuracy counts. Short runs (--epochs below 20) leave out Mixup,
-CutMix, RandAugment, erasing and stochastic depth, which pay in long ones. Each run is a process of its own in --folder and goes on where it
-was cut off when the same command is given again. Prints the table, draws results/cifar10.png; --plot draws it again.
+peers: DeBiFormer-nano, a BiFormer and three of timm's models, cut down to its size. table5: the nine mechanisms of Table 5 in one small
+layout (`mechanisms.py`), with the speed and memory of each. All train by the recipe cifar10/debiformer_nano, and are tested on all test
+images as they go: no choice is made by the test images, the last accuracy counts. Short runs (--epochs below 20) leave out Mixup, CutMix,
+RandAugment, erasing and stochastic depth, which pay in long ones. Each run is a process of its own in --folder and goes on where it was cut
+off when the same command is given again. Prints the table, draws results/NAME.png; --plot draws it again.
 """
 
 import argparse
 import csv
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -20,20 +22,22 @@ import matplotlib
 
 matplotlib.use("agg")
 import torch
+from fresh import answer, call
 from matplotlib import pyplot as plt
+from mechanisms import MIXERS, peak_memory, speeds
 from record import RESULTS, save
 from timm.models import register_model
 from torch import nn
 
-from debiformer.cli.bench import count
+from debiformer.cli.bench import count, table
 from debiformer.cli.training import run
 from debiformer.models.biformer import BiFormer, create, stages
 
-FIGURE = RESULTS / "cifar10.png"
 PAGES = Path(__file__).parents[1] / "docs" / "images"
 SIZE = 64
 LONG = 20  # epochs from which the recipe's augmentation is kept
-MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # name in the figure: timm's name, arguments, colour of Okabe and Ito's palette
+Models = dict[str, tuple[str, dict[str, Any], str]]  # name in the figure: timm's name, arguments, colour of Okabe and Ito's palette
+PEERS: Models = {
     "DeBiFormer-nano": ("debiformer_nano", {}, "#0072B2"),
     "BiFormer, small": ("biformer_for_cifar", {}, "#009E73"),
     "Swin, small": (
@@ -44,6 +48,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # name in the figure: ti
     "ConvNeXt, small": ("convnext_atto", dict(depths=[2, 2, 4, 2], dims=[32, 64, 128, 208]), "#595959"),
     "ResNet, small": ("resnet18", dict(channels=[24, 48, 96, 192]), "#CC79A7"),
 }
+COLOURS = ("#D55E00", "#CC79A7", "#999999", "#E69F00", "#000000", "#56B4E9", "#B8A000", "#009E73", "#0072B2")
+MECHANISMS: Models = {
+    mixer.replace("_", " ").replace("bi level", "bi-level"): ("layout_for_cifar", {"mixer": mixer}, colour)
+    for mixer, colour in zip(MIXERS, COLOURS, strict=True)
+}
+SETS = {"peers": ("cifar10", PEERS), "table5": ("table5", MECHANISMS)}
+MODELS = PEERS | MECHANISMS
 
 
 @register_model
@@ -54,7 +65,7 @@ def biformer_for_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 def run_name(name: str, seed: int, epochs: int) -> str:
     """The folder of a run."""
-    return f"{name.split(',')[0].lower()}_{epochs}_epochs_seed{seed}"
+    return f"{name.split(',')[0].lower().replace(' ', '_')}_{epochs:g}_epochs_seed{seed}"
 
 
 def train(name: str, seed: int, arguments: argparse.Namespace) -> None:
@@ -72,12 +83,14 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> None:
         "model.model": model,
         "model.model_args": json.dumps(model_args),
         "model.lr_batch_size": 64,
-        "trainer.max_epochs": arguments.epochs,
+        "trainer.max_epochs": math.ceil(arguments.epochs),
         "trainer.default_root_dir": arguments.folder,
         "trainer.accelerator": arguments.accelerator,
         "trainer.num_sanity_val_steps": 0,
         "trainer.enable_progress_bar": "false",
     }
+    if arguments.epochs < 1:
+        settings["trainer.limit_train_batches"] = arguments.epochs
     if arguments.epochs < LONG:
         plain = {"auto_augment": "null", "re_prob": 0, "color_jitter": 0}
         settings |= {f"data.{option}": value for option, value in plain.items()}
@@ -99,14 +112,15 @@ def describe(name: str) -> dict[str, float]:
     return dict(params_m=round(parameters / 1e6, 2), macs_m=round(macs / 1e6, 1))
 
 
-def plot(rows: list[dict[str, Any]]) -> Path:
+def plot(kind: str, rows: list[dict[str, Any]]) -> Path:
     """Accuracy on the test images over the epochs, a line for each seed."""
+    file, models = SETS[kind]
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     ends = sorted(
         {
             name: statistics.mean(r["accuracy"] for r in rows if r["model"] == name)
-            for name in MODELS
+            for name in models
             if any(r["model"] == name for r in rows)
         }.items(),
         key=lambda end: end[1],
@@ -124,18 +138,19 @@ def plot(rows: list[dict[str, Any]]) -> Path:
     sizes = [row["params_m"] for row in rows]
     title = f"CIFAR-10 at {SIZE} pixels, models of {min(sizes):.1f} to {max(sizes):.1f} M parameters"
     axes.set(xlabel="epochs", ylabel="accuracy on the test images, %", title=title)
-    figure.savefig(FIGURE, dpi=110)
-    shutil.copy(FIGURE, PAGES)
-    return FIGURE
+    figure.savefig(RESULTS / f"{file}.png", dpi=110)
+    shutil.copy(RESULTS / f"{file}.png", PAGES)
+    return RESULTS / f"{file}.png"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", nargs="?", choices=SETS, default="peers")
     parser.add_argument("--train", help="tar file or folder of class folders")
     parser.add_argument("--test", help="the same, of the test images")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="some of: " + "; ".join(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=float, default=1, help="a part of one, or whole ones")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")
@@ -143,30 +158,46 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "SEED"), help=argparse.SUPPRESS)
     parser.add_argument("--plot", action="store_true")
     arguments = parser.parse_args()
+    file, models = SETS[arguments.kind]
+    if unknown := [name for name in arguments.models or () if name not in models]:
+        parser.error(f"no model {unknown[0]!r} among {', '.join(models)}")
+    if arguments.epochs <= 0 or (arguments.epochs > 1 and arguments.epochs % 1):
+        parser.error(f"--epochs {arguments.epochs:g} is neither a part of one nor whole ones")
     if arguments.one:
-        return train(arguments.one[0], int(arguments.one[1]), arguments)
+        train(arguments.one[0], int(arguments.one[1]), arguments)
+        return
     if arguments.plot:
-        print(plot(json.loads((RESULTS / "cifar10.json").read_text())["results"]))
-        return None
+        print(plot(arguments.kind, json.loads((RESULTS / f"{file}.json").read_text())["results"]))
+        return
     if not arguments.train or not arguments.test:
         parser.error("--train and --test are needed")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed in arguments.seeds:
-        for name in arguments.models:
+        for name in arguments.models or models:
             print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name, str(seed)], check=True, stdout=subprocess.DEVNULL)
             tested = curve(Path(arguments.folder, run_name(name, seed, arguments.epochs)))
-            rows.append(
-                {"model": name, **describe(name), "seed": seed, "epochs": arguments.epochs, "accuracy": tested[-1][1], "curve": tested}
-            )
-            save("cifar10", rows, packages=["lightning"])  # whatever has been measured, should the rest be cut off
+            found = dict(seed=seed, epochs=arguments.epochs, accuracy=tested[-1][1], curve=tested)
+            rows.append({"model": name, **describe(name), **found})
+            save(file, rows, packages=["lightning"])  # whatever has been measured, should the rest be cut off
             print(
-                f"{name:<18} seed {seed} {rows[-1]['params_m']:5.2f} M {rows[-1]['macs_m']:5.1f} MMACs {100 * rows[-1]['accuracy']:6.2f} %",
+                f"{name:<27} seed {seed} {rows[-1]['params_m']:5.2f} M {rows[-1]['macs_m']:5.1f} MMACs {100 * rows[-1]['accuracy']:6.2f} %",
                 flush=True,
             )
-    print(plot(rows))
-    return None
+    if arguments.kind == "table5":
+        add_costs(rows, arguments.threads)
+        save(file, rows, packages=["lightning"])
+        print(table([{key: value for key, value in row.items() if key != "curve"} for row in rows]))
+    print(plot(arguments.kind, rows))
+
+
+def add_costs(rows: list[dict[str, Any]], threads: int) -> None:
+    """The speed of every mechanism, and the memory of its training step in a fresh process; and its name among the presets."""
+    fast = speeds(threads)
+    for row in rows:
+        mixer = MODELS[row["model"]][1]["mixer"]
+        row |= {"mixer": mixer, **fast[mixer], "training MB": round(call(__file__, dict(mixer=mixer, threads=threads)))}
 
 
 if __name__ == "__main__":
-    main()
+    answer(peak_memory) or main()
