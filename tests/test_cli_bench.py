@@ -1,10 +1,13 @@
 import json
 
 import pytest
+import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from debiformer.cli import bench, main
+from debiformer.ops import use_backend
 
 SMALL = ["--image-size", "64", "--batch-size", "2", "--rounds", "1", "--threads", "1"]
 
@@ -39,6 +42,12 @@ def test_multiply_adds_are_those_of_the_definitions():
     )  # the published code's, which routes where there is no choice
     rows, tall = (bench.count("debiformer_nano", size)[1] for size in ((64, 128), (128, 64)))
     assert rows == pytest.approx(tall)
+
+
+def test_what_is_left_out_in_counting_is_not_counted():
+    with torch.device("meta"), torch.no_grad(), use_backend("reference"), FlopCounterMode(display=False) as counter:
+        timm.create_model("debiformer_nano").eval()(torch.empty(1, 3, 70, 90))
+    assert bench.count("debiformer_nano", (70, 90))[1] == counter.get_total_flops() / 2
 
 
 def test_a_model_of_one_size_is_built_for_the_images():

@@ -11,7 +11,9 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import ROUTED
@@ -124,12 +126,27 @@ def count(name: str, image_size: Sequence[int], kwargs: dict[str, Any] | None = 
         ValueError: If the model does not run at this size.
     """
     try:
-        with torch.device("meta"), torch.no_grad(), use_backend("reference"), FlopCounterMode(display=False) as counter:
-            model = timm.create_model(name, **(kwargs or {})).eval()
-            model(torch.empty(1, 3, *image_size))
+        return cost(lambda: timm.create_model(name, **(kwargs or {})), lambda model: model(torch.empty(1, 3, *image_size)))
     except Exception as error:  # whatever a model of timm's raises
         raise ValueError(f"{name} does not run at {'x'.join(map(str, image_size))}: {error or type(error).__name__}") from error
+
+
+def cost(build: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> tuple[int, float]:
+    """Parameters of what `build` makes and multiply-adds of what `run` does with it, as `count` counts them."""
+    with torch.device("meta"), torch.no_grad(), use_backend("reference"), _Unsampled(), FlopCounterMode(display=False) as counter:
+        model = build().eval()
+        run(model)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2
+
+
+class _Unsampled(TorchFunctionMode):
+    """Answers `grid_sample` by the shape alone: nothing in it is counted, and tracing it would take most of the time."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.grid_sample:
+            image, grid = args
+            return image.new_empty(*image.shape[:2], *grid.shape[1:-1])
+        return function(*args, **(kwargs or {}))
 
 
 def inference(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
