@@ -34,6 +34,7 @@ COMMANDS = {
     "average": Command("average the weights of checkpoints: CKPT CKPT... --output FILE.ckpt", "average:run", ("train",)),
     "share": Command("a checkpoint as a folder for timm and the Hugging Face Hub: CKPT FOLDER", "share:run", ("train",)),
     "models": Command("list the presets with their parameters and MACs", "models:run"),
+    "tables": Command("the papers' numbers, ours beside them, and how each was obtained: [N]", "tables:run"),
     "bench": Command("compare the speed of timm models side by side: MODEL...", "bench:run"),
     "convert": Command("translate a published checkpoint: IN.pth OUT.safetensors", "convert:run"),
 }
