@@ -36,16 +36,21 @@ def export(name: str, batch: int, path: str, folder: str) -> float:
     """Write the graph of a preset for `path` into the folder; returns the seconds it took."""
     model, x = pair(name)[0].fuse_for_inference(), images(batch)
     start = time.perf_counter()
-    with torch.no_grad():
-        if path == "ONNX Runtime":
-            torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False).save(graph(folder, name, batch, path))
-        else:
-            import openvino
-
-            # Without the shapes all of the graph would be dynamic.
-            converted = openvino.convert_model(torch.export.export(model, (x,)), input=[tuple(x.shape)])
-            openvino.save_model(converted, graph(folder, name, batch, path), compress_to_fp16=False)
+    write(model, x, path, graph(folder, name, batch, path))
     return time.perf_counter() - start
+
+
+@torch.no_grad()
+def write(model: nn.Module, x: Tensor, path: str, file: str) -> None:
+    """Write the graph of a model for `path`, for images of this shape."""
+    if path == "ONNX Runtime":
+        torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False).save(file)
+    else:
+        import openvino
+
+        # Without the shapes all of the graph would be dynamic.
+        converted = openvino.convert_model(torch.export.export(model, (x,)), input=[tuple(x.shape)])
+        openvino.save_model(converted, file, compress_to_fp16=False)
 
 
 def graph(folder: str, name: str, batch: int, path: str) -> str:
@@ -59,6 +64,7 @@ def in_onnx_runtime(file: str, x: Tensor, threads: int) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # hundreds of lines tell of constants that it does not fold
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])

@@ -27,6 +27,17 @@ def test_the_twin_is_the_model(name, size, monkeypatch):
         torch.testing.assert_close(ours, twins, rtol=1e-8, atol=1e-10)
 
 
+def test_latencies_of_topk_on_a_toy(monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from table6 import measure
+
+    rows = [{"bra_topk": [1, 2, 4, 4], "dbra_topk": [2, 4, 4, 8]}, {"dbra_topk": [16, 16, 16, 16]}]
+    times = measure("debiformer_nano", rows, "OpenVINO", threads=torch.get_num_threads(), rounds=1)
+    assert len(times) == 2
+    assert min(times) > 0
+
+
 def test_gpu_benchmark_on_a_toy():
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--toy", "--device", "cpu"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
