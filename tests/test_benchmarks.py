@@ -32,10 +32,9 @@ def test_latencies_of_topk_on_a_toy(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     from table6 import measure
 
-    rows = [{"bra_topk": [1, 2, 4, 4], "dbra_topk": [2, 4, 4, 8]}, {"dbra_topk": [16, 16, 16, 16]}]
-    times = measure("debiformer_nano", rows, "OpenVINO", threads=torch.get_num_threads(), rounds=1)
-    assert len(times) == 2
-    assert min(times) > 0
+    rows = [{"bra_topk": [1, 2, 4, 4], "dbra_topk": [2, 4, 4, 8]}]
+    (milliseconds,) = measure("debiformer_nano", rows, "OpenVINO", threads=torch.get_num_threads(), rounds=1)
+    assert milliseconds > 0
 
 
 def test_gpu_benchmark_on_a_toy():
