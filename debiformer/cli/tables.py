@@ -81,9 +81,7 @@ def text(found: list[tuple[Section, list[Row]]]) -> str:
         shown, notes = cells(rows)
         parts.append("\n".join([section.title, fill(section.about, 120), "", table(shown), *(fill(line, 120) for line in notes)]))
     sources = [f"[{i}] {source.title}: {source.address}" for i, source in enumerate(SOURCES.values(), 1)]
-    return "\n\n".join(
-        [*parts, "\n".join([f"{NOT_AT_HAND}: none of these has the number, and the papers were not within reach", *sources])]
-    )
+    return "\n\n".join([*parts, "\n".join([*sources, f"{NOT_AT_HAND}: in none of these, and the papers were not within reach"])])
 
 
 def page(found: list[tuple[Section, list[Row]]]) -> str:
