@@ -23,7 +23,7 @@ from .papers import MACS, PARAMETERS, SOURCES, TOP1
 NOT_AT_HAND = "not at hand"
 SEGMENTED, DETECTED = (512, 2048), (800, 1280)  # the sizes for which the release's get_flops.py counts
 PROPOSALS, MASKED = 1000, 100  # boxes that get a class, and those that get a mask
-BENCHMARKS = {"table5": "benchmarks/cifar10.py", "table6": "benchmarks/table6.py"}  # what makes benchmarks/results/NAME.json
+BENCHMARKS = {"table5": "benchmarks/cifar10.py table5", "table6": "benchmarks/table6.py"}  # what makes benchmarks/results/NAME.json
 INTRODUCTION = f"""# The papers' tables
 
 Every number of the papers' tables that is within reach, and ours beside it. `debiformer tables` prints them, from the models and from
@@ -152,13 +152,19 @@ def sizes(label: str, costs: tuple[int, float], published: Mapping[str, str] | N
 
 
 def classification() -> list[Row]:
-    """Table 1."""
+    """Table 1; of the peers, the sizes."""
     rows = []
     for model in papers.CLASSIFIERS:
         rows += sizes(model.label, counted(model.name), model.published, model.source)
-        if model.recipe:
-            rows.append(Row(model.label, TOP1, f"needs ImageNet: recipe {model.recipe}", model.published[TOP1], model.source))
+        rows += [on_imagenet(model)] if TOP1 in model.published else []
     return rows
+
+
+def on_imagenet(model: papers.Classifier) -> Row:
+    """The accuracy of a classifier."""
+    near = f"no recipe of its own; imagenet1k/biformer_tiny with --model.model {model.name} comes near"
+    how = f"needs ImageNet: {f'recipe {model.recipe}' if model.recipe else near}"
+    return Row(model.label, TOP1, how, model.published.get(TOP1, ""), model.source)
 
 
 def dense() -> list[Row]:
@@ -179,9 +185,7 @@ def mechanisms() -> list[Row]:
     runs = results("table5")
     for model in papers.MECHANISMS:
         rows += sizes(model.label, counted(model.name), model.published, model.source)
-        how = f"needs ImageNet: no recipe of its own; imagenet1k/biformer_tiny with --model.model {model.name} comes near"
-        rows.append(Row(model.label, TOP1, how, model.published.get(TOP1, ""), model.source))
-        rows.append(proxy(model.label, [run for run in runs if run["model"] == model.name]))
+        rows += [on_imagenet(model), proxy(model.label, [run for run in runs if run["model"] == model.label])]
     return rows
 
 
