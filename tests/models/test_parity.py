@@ -16,6 +16,7 @@ MODELS = {
     "debi_seg_small_480x360": ("debiformer_small", dict(num_classes=0, region_grid=8, feature_norms=True)),
     "biformer_tiny": ("biformer_tiny", {}),
     "biformer_stl": ("biformer_stl", {}),
+    "biformer_stl_nchw": ("biformer_stl_nchw", {}),
 }
 
 
