@@ -3,9 +3,11 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .chunks import is_compiling
 from .grouped_attention import grouped_attention
-from .regions import Grid, crop, merge, pad_to_grid, padded_size, partition
+from .regions import Grid, crop, merge, pad_to_grid, padded_size, partition, region_size
 
 UNSHIFTED = (0, 0)
 
@@ -18,9 +20,10 @@ def cut_windows(x: Tensor, window: Grid, shift: Grid = UNSHIFTED) -> Tensor:
         window: Height and width of a window, with T pixels.
         shift: Row and column that the first whole window begins at. What lies before it shares windows with what is left at the end.
     """
-    grid, (height, width) = _window_grid(window, (x.shape[1], x.shape[2]))
-    below, right = height - x.shape[1], width - x.shape[2]
-    x = F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+    size = x.shape[1], x.shape[2]
+    grid, (height, width) = _window_grid(window, size)
+    if not _fits(window, size):
+        x = F.pad(x.contiguous() if is_compiling() else x, (0, 0, 0, width - size[1], 0, height - size[0]))  # as `pad_to_grid`
     return partition(x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x, grid)
 
 
@@ -35,6 +38,11 @@ def _window_grid(window: Grid, size: tuple[int, int]) -> tuple[Grid, tuple[int, 
     """Rows and columns of windows over a map, and the height and width that they cover."""
     rows, cols = (-(-n // extent) for n, extent in zip(size, window, strict=True))
     return (rows, cols), (rows * window[0], cols * window[1])
+
+
+def _fits(window: Grid, size: tuple[int, int]) -> bool:
+    """Whether windows are known to cover a map and nothing else; a graph for every size does not know."""
+    return all(statically_known_true(n % extent == 0) for n, extent in zip(size, window, strict=True))
 
 
 def window_attention(
@@ -53,10 +61,15 @@ def window_attention(
 
     Returns:
         (B, H, W, C).
+
+    Raises:
+        ValueError: If the heads do not divide the channels, or the shift is out of range.
     """
+    if q.shape[3] % num_heads or not all(0 <= first < extent for first, extent in zip(shift, window, strict=True)):
+        raise ValueError(f"num_heads={num_heads} must divide the {q.shape[3]} channels, and shift={shift} lie in the window {window}")
     size = q.shape[1], q.shape[2]
     labels = None
-    if any(shift) or _window_grid(window, size)[1] != size:  # cut windows share one with others, or with what is no pixel
+    if any(shift) or not _fits(window, size):  # cut windows share one with others, or with what is no pixel
         labels = cut_windows(_sides(size, shift, q.device), window, shift)[0, :, :, 0]
     q, k, v = (cut_windows(x, window, shift) for x in (q, k, v))
     return lay_windows(grouped_attention(q, k, v, num_heads, bias=bias, labels=labels), window, size, shift)
@@ -81,13 +94,23 @@ def grid_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, num_heads: int, 
 
     Returns:
         (B, H, W, C).
+
+    Raises:
+        ValueError: If the heads do not divide the channels.
     """
+    if q.shape[3] % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide the {q.shape[3]} channels")
     size = q.shape[1], q.shape[2]
     padded = padded_size(grid, size)
 
-    def cut(x: Tensor) -> Tensor:
-        return partition(pad_to_grid(x, grid), grid).transpose(1, 2)
+    cell = region_size(grid, padded)
 
-    labels = None if padded == size else cut(torch.ones(1, *size, 1, device=q.device))[0, :, :, 0]
+    def cut(x: Tensor) -> Tensor:
+        x = pad_to_grid(x, grid).unflatten(2, (grid[1], cell[1])).unflatten(1, (grid[0], cell[0]))
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)  # (B, places in a cell, cells, C)
+
+    fits = all(statically_known_true(n % count == 0) for n, count in zip(size, grid, strict=True))
+    labels = None if fits else cut(torch.ones(1, *size, 1, device=q.device))[0, :, :, 0]
     out = grouped_attention(cut(q), cut(k), cut(v), num_heads, bias=bias, labels=labels)
-    return crop(merge(out.transpose(1, 2), grid, padded), *size)
+    x = out.unflatten(2, grid).unflatten(1, cell).permute(0, 3, 1, 4, 2, 5).flatten(3, 4).flatten(1, 2)
+    return crop(x, *size)
