@@ -45,6 +45,22 @@ def test_gpu_benchmark_on_a_toy():
         assert part in run.stdout
 
 
+def test_the_small_mechanisms_have_equal_budgets(monkeypatch):
+    """But for the agents of deformable bi-level routing, which have parameters of their own."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from mechanisms import MIXERS
+
+    from debiformer.cli.bench import count
+    from debiformer.models.swin_layout import MIXERS as WHOLE
+
+    assert {*MIXERS} == {*WHOLE} - {"bi_level_routing_nchw"}
+    counts = [count("layout_for_cifar", (64, 64), dict(mixer=mixer, num_classes=10)) for mixer in MIXERS]
+    for amounts in zip(*counts, strict=True):
+        assert max(amounts) / min(amounts) < 1.16
+    model = timm.create_model("layout_for_cifar", mixer="deformable_bi_level_routing", num_classes=10)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
 def test_hours_by_hand(monkeypatch):
     """300 epochs of ImageNet at 8 x 1000 x 0.9 images a second."""
     monkeypatch.syspath_prepend(BENCHMARKS)

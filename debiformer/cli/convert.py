@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor
 
-from ..models import PRESETS
+from ..models import ROUTED
 from ..models.checkpoints import compare, list_problems, read_checkpoint, to_our_names
 
 
@@ -61,7 +61,7 @@ def identify(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     classes = len(tensors["head.fc.weight"]) if "head.fc.weight" in tensors else 0
     dense = any(name.startswith("feature_norms.") for name in tensors)
     misfits = {}
-    for preset in PRESETS:
+    for preset in ROUTED:  # the others are not published, and some fit the same tensors
         with torch.device("meta"):
             model = timm.create_model(preset, num_classes=classes, feature_norms=dense, in_chans=_channels(tensors))
         misfits[preset], _ = compare(tensors, model)
@@ -69,7 +69,7 @@ def identify(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
             return preset, f"a classifier of {classes} classes" if classes else "a backbone without classifier"
     nearest = min(misfits, key=lambda preset: sum(map(len, misfits[preset].values())))
     raise ValueError(
-        f"these weights fit none of {', '.join(PRESETS)}; misfits with the nearest, {nearest}:{list_problems(misfits[nearest])}"
+        f"these weights fit none of {', '.join(ROUTED)}; misfits with the nearest, {nearest}:{list_problems(misfits[nearest])}"
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.deformable import deformable_attention, reference_points, sample_points
 from ..ops.regions import Grid, as_grid, crop, pad_to_grid
+from .bias_table import bias_table
 from .depthwise import DepthwiseConv2d
 from .feedforward import ConvFeedForward
 from .region_routing import RegionRouting, check_positive, project_in_parts
@@ -15,7 +16,8 @@ from .region_routing import RegionRouting, check_positive, project_in_parts
 class OffsetNetwork(nn.Module):
     """Where to look: one point for every `stride` x `stride` cell of a query map, in each group of channels.
 
-    points = clamp(reference + offsets(q)), offsets = linear(GELU(norm(depthwise(q)))) (DeBiFormer, deformed points).
+    points = clamp(reference + offsets(q)), offsets = linear(GELU(norm(depthwise(q)))) (DeBiFormer, deformed points); with `max_offset`
+    points = reference + max_offset * cell * tanh(offsets(q)), as in DAT.
 
     Args:
         dim: Channels C.
@@ -115,7 +117,7 @@ class DeformableBiLevelRoutingAttention(RegionRouting):
         check_positive(offset_groups=offset_groups)
         if num_heads % offset_groups:
             raise ValueError(f"offset_groups={offset_groups} does not divide num_heads={num_heads}")
-        rows, cols = as_grid(bias_grid, "bias_grid")
+        bias_grid = as_grid(bias_grid, "bias_grid")
         self.qkv = nn.Linear(dim, 3 * dim)
         self.offset_network = OffsetNetwork(dim, offset_kernel_size, point_stride, offset_groups, offset_channels)
         self.local_context = DepthwiseConv2d(dim, kernel_size=5, stride=point_stride)
@@ -126,7 +128,7 @@ class DeformableBiLevelRoutingAttention(RegionRouting):
         self.agent_norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.agent_key = nn.Linear(dim, dim)
         self.agent_value = nn.Linear(dim, dim)
-        self.bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_heads, 2 * rows - 1, 2 * cols - 1), std=0.01))
+        self.bias_table = bias_table(num_heads, bias_grid, std=0.01)
         self.proj = nn.Linear(dim, dim)
 
     def attend(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from .checkpoints import LoadReport, load_published
 from .debiformer import DeBiFormer
 from .swin_layout import SwinLayout
 
-ROUTED = (  # presets with regions
+ROUTED = (  # presets with regions: all that are published, and nano
     "debiformer_nano",
     "debiformer_tiny",
     "debiformer_small",

@@ -67,7 +67,7 @@ class Pyramid(nn.Module):
         num_classes: Classes; 0 for no classifier.
         global_pool: Pooling before the classifier, as timm names it; "" for none.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of the last blocks; it rises linearly from 0, and the mixers of one repetition share theirs.
+        drop_path_rate: Stochastic depth of the last blocks; it rises linearly from 0, from one repetition of mixers to the next.
         region_grid: Rows and columns of regions, or one number for both. Published: 7 for classification, 8 for segmentation, 8 to 32 for
             detection. No parameter depends on it; `set_region_grid` changes it later.
         feature_norms: Normalise the maps that `forward_intermediates(norm=True)` and `features_only` give out, as the published backbones
@@ -81,6 +81,7 @@ class Pyramid(nn.Module):
     downsample_layer: Callable[..., nn.Module] = ConvDownsample
     feed_forward: Callable[[int, float], nn.Module] = ConvFeedForward
     position = True
+    rate_per_block = False  # of stochastic depth; else the mixers of one repetition share theirs, as released
     feature_norm_eps = 1e-5
 
     def __init__(
@@ -107,12 +108,14 @@ class Pyramid(nn.Module):
 
         make = type(self)
         self.stem = make.stem_layer(in_chans, stages[0].dim)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, [s.depth for s in stages], stagewise=True)
+        steps = [s.depth * (len(s.mixers) if make.rate_per_block else 1) for s in stages]
+        rates: Any = calculate_drop_path_rates(drop_path_rate, steps, stagewise=True)
         self.stages = nn.Sequential()
         for i, stage in enumerate(stages):
             downsample = make.downsample_layer(stages[i - 1].dim, stage.dim) if i else nn.Identity()
             bias_grid = BIAS_IMAGE_SIZE // self.feature_info[i]["reduction"]
-            blocks = build_blocks(stage, make.feed_forward, make.position, self.region_grid, bias_grid, rates[i])
+            of_blocks = rates[i] if make.rate_per_block else [rate for rate in rates[i] for _ in stage.mixers]
+            blocks = build_blocks(stage, make.feed_forward, make.position, self.region_grid, bias_grid, of_blocks)
             self.stages.append(PyramidStage(downsample, blocks))
         dense = feature_norms and num_classes == 0
         self.norm = nn.Identity() if dense else nn.BatchNorm2d(self.num_features)
@@ -123,11 +126,13 @@ class Pyramid(nn.Module):
         """Route between another grid of regions from now on.
 
         Raises:
-            ValueError: If the grid has fewer regions than a layer's top-k; the model is left as it was.
+            ValueError: If the grid has fewer regions than a layer's top-k, or no layer has regions; the model is left as it was.
         """
         grid = as_grid(region_grid)
         layers = [m for m in self.stages.modules() if isinstance(m, RegionRouting)]
-        if layers and (most := max(layer.topk for layer in layers)) > grid[0] * grid[1]:
+        if not layers:
+            raise ValueError(f"region_grid={grid} for a model that has no regions")
+        if (most := max(layer.topk for layer in layers)) > grid[0] * grid[1]:
             raise ValueError(f"region_grid={grid} has {grid[0] * grid[1]} regions, fewer than the topk={most} of a layer")
         for layer in layers:
             layer.set_region_grid(grid)

@@ -122,9 +122,8 @@ class Block(nn.Module):
 def build_blocks(
     stage: Stage, feed_forward: Callable[[int, float], nn.Module], position: bool, region_grid: Grid, bias_grid: int, drop_path: list[float]
 ) -> list[Block]:
-    """The blocks of a stage; the mixers of one repetition share its entry of `drop_path`."""
+    """The blocks of a stage, with a rate of `drop_path` for each."""
     return [
         Block(stage.dim, mixer.build(stage, region_grid, bias_grid), feed_forward(stage.dim, stage.mlp_ratio), position, rate)
-        for rate in drop_path
-        for mixer in stage.mixers
+        for mixer, rate in zip(stage.mixers * stage.depth, drop_path, strict=True)
     ]

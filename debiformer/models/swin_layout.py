@@ -29,6 +29,7 @@ class SwinLayout(BiFormer):
     stem_layer = PatchEmbedding
     downsample_layer = PatchMerging
     position = False
+    rate_per_block = True
 
 
 DEPTHS, WIDTHS = (2, 2, 6, 2), (96, 192, 384, 768)

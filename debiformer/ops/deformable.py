@@ -114,7 +114,8 @@ def deformable_attention(
         q: Queries (B, H, N, D), one for each pixel of the grid, row by row.
         k: Keys (B, H, M, D) of the points.
         v: Values (B, H, M, E) of the points; E = D in every model, another width where the weights themselves are wanted.
-        points: Where the points lie, (B, G, M, 2), as (x, y) from -1 to 1; head h belongs to group h * G // H.
+        points: Where the points lie, (B, G, M, 2), as (x, y) from -1 to 1 on the map, and beyond it; head h belongs to group h * G // H.
+            A displacement that the table does not reach has no bias.
         bias_table: Biases (H, 2 * rows - 1, 2 * cols - 1); kept in its own precision, as the points are.
         grid_size: Height and width of the query grid; their product is N.
         scale: Factor on the dot products; D ** -0.5 where it is None.

@@ -206,7 +206,7 @@ def model_card(task: ClassificationTask, name: str, recipe: str, facts: Facts) -
         facts: The rest.
     """
     hparams, run = task.hparams, facts.run
-    ours = hparams["model"] in PRESETS
+    ours = hparams["model"] in (*PRESETS, "swin_layout")
     if facts.repository:
         name = facts.repository.split("/")[1]
     data = facts.recipe["data"]

@@ -214,7 +214,7 @@ def test_wrong_arguments_are_named():
         nano(feature_norms=True, num_classes=0).reset_classifier(5)
 
 
-@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny"])
+@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny", "criss_cross_stl", "cross_shaped_window_stl", "deformable_stl"])
 def test_an_empty_batch_gives_no_logits(name):
     assert timm.create_model(name, num_classes=3).eval()(torch.zeros(0, 3, 64, 64)).shape == (0, 3)
 
@@ -234,11 +234,12 @@ def test_wrong_images_are_named():
             model(torch.zeros(shape))
 
 
-def test_torchvision_extracts_features():
+@pytest.mark.parametrize("name", ["debiformer_nano", "shifted_window_stl", "criss_cross_stl", "cross_shaped_window_stl", "deformable_stl"])
+def test_torchvision_extracts_features(name):
     from timm.models import get_notrace_functions, get_notrace_modules
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    model, x = nano(), torch.randn(1, 3, 64, 64)
+    model, x = timm.create_model(name, num_classes=3).eval(), torch.randn(1, 3, 64, 64)
     tracing = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
     extractor = create_feature_extractor(model, {"stages.1": "s", "head": "logits"}, tracer_kwargs=tracing)
     with torch.no_grad():
@@ -247,7 +248,7 @@ def test_torchvision_extracts_features():
         assert torch.equal(out["s"], model.forward_intermediates(x, intermediates_only=True)[1])
 
 
-@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny", "biformer_stl"])
+@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny", "biformer_stl", "block_grid_stl"])
 def test_fusing_changes_the_norms_and_not_the_logits(name):
     model = timm.create_model(name, num_classes=7).double()
     for module in model.modules():

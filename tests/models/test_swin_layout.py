@@ -162,3 +162,12 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="region_grid=8 for mixer='criss_cross', which has no regions: leave it out"):
         timm.create_model("criss_cross_stl", region_grid=8)
     assert timm.create_model("biformer_stl", region_grid=8).region_grid == (8, 8)
+    with pytest.raises(ValueError, match=r"region_grid=\(8, 8\) for a model that has no regions"):
+        timm.create_model("criss_cross_stl").set_region_grid(8)
+
+
+def test_stochastic_depth_rises_from_block_to_block():
+    for name in ("shifted_window_stl", "criss_cross_stl", "debiformer_stl"):
+        model = timm.create_model(name, drop_path_rate=0.22)
+        rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
+        assert rates == pytest.approx([0.02 * i for i in range(12)])

@@ -9,7 +9,9 @@ from .heads import HeadedAttention
 
 @register_notrace_module
 class AxialAttention(HeadedAttention):
-    """Every pixel attends to those of its row, or of its column; blocks of both in turns are sequential axial attention.
+    """Every pixel attends to those of its row, or of its column. (B, H, W, C) -> the same.
+
+    Blocks of both in turns are sequential axial attention. It knows no places: shuffled columns give the shuffled result.
 
     Args:
         dim: Channels C.

@@ -12,10 +12,18 @@ from .heads import HeadedAttention
 
 @register_notrace_module
 class CrissCrossAttention(HeadedAttention):
-    """Every pixel attends to those of its row and of its column, in one softmax; itself counts once (CCNet, eqs. 1-2).
+    """Every pixel attends to those of its row and of its column, in one softmax; itself counts once. (B, H, W, C) -> the same.
 
-    CCNet's form, whose name this is; what CrossFormer calls long-distance attention has another pattern, that of `GridAttention`. Heads and
-    query width are those of the other mechanisms here, where CCNet has one head of an eighth of the channels.
+    CCNet's form (eqs. 1-2), whose name this is; what CrossFormer calls long-distance attention has another pattern, that of
+    `GridAttention`. Heads and query width are those of the other mechanisms here, where CCNet has one head of an eighth of the channels. It
+    knows no places, as `AxialAttention`.
+
+    Args:
+        dim: Channels C.
+        num_heads: Attention heads; must divide `dim`.
+
+    Raises:
+        ValueError: If `num_heads` does not divide `dim`.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

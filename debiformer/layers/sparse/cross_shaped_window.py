@@ -12,9 +12,9 @@ from .heads import HeadedAttention
 
 @register_notrace_module
 class CrossShapedWindowAttention(HeadedAttention):
-    """Half of the heads attend inside stripes across the map, the others inside stripes down it (CSWin, eqs. 2-6).
+    """Half of the heads attend inside stripes across the map, the others inside stripes down it. (B, H, W, C) -> the same.
 
-    A depthwise 3x3 convolution of the values, which ends at the borders of a stripe, is added (LePE, eq. 9).
+    After CSWin, eqs. 2-6. A depthwise 3x3 convolution of the values, which ends at the borders of a stripe, is added (LePE, eq. 9).
 
     Args:
         dim: Channels C.

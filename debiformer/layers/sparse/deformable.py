@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from ...ops.deformable import deformable_attention, sample_points
 from ...ops.regions import Grid, as_grid
+from ..bias_table import bias_table
 from ..deformable_bi_level_routing import OffsetNetwork
 from ..region_routing import check_heads
-from .heads import bias_table, tokens_in_heads
+from .heads import tokens_in_heads
 
 
 @register_notrace_module
@@ -49,7 +50,7 @@ class DeformableAttention(nn.Module):
         self.num_heads = num_heads
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
-        self.bias_table = bias_table(num_heads, as_grid(bias_grid, "bias_grid"))
+        self.bias_table = bias_table(num_heads, as_grid(bias_grid, "bias_grid"), std=0.01)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from torch import Tensor
 
 from ...ops.grouped_attention import relative_position_bias
 from ...ops.windows import grid_attention
+from ..bias_table import bias_table
 from ..region_routing import check_positive
-from .heads import HeadedAttention, bias_table
+from .heads import HeadedAttention
 
 
 @register_notrace_module
 class GridAttention(HeadedAttention):
-    """Every pixel attends to those at its place in the other cells of a grid, which span the map; after MaxViT's section 3.2.
+    """Every pixel attends to those at its place in all cells of a grid over the map (MaxViT, section 3.2). (B, H, W, C) -> the same.
 
     Args:
         dim: Channels C.
@@ -26,7 +27,7 @@ class GridAttention(HeadedAttention):
         super().__init__(dim, num_heads)
         check_positive(grid_size=grid_size)
         self.grid_size = grid_size
-        self.bias_table = bias_table(num_heads, (grid_size, grid_size))
+        self.bias_table = bias_table(num_heads, (grid_size, grid_size), std=0.02)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         bias = relative_position_bias(self.bias_table)

@@ -1,9 +1,7 @@
 """What the mechanisms share: heads, and the projections before and after."""
 
-import torch
 from torch import Tensor, nn
 
-from ...ops.regions import Grid
 from ..region_routing import check_heads, project_in_parts
 
 
@@ -37,9 +35,3 @@ class HeadedAttention(nn.Module):
 def tokens_in_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, C) -> (B, heads, N, C / heads)."""
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
-
-
-def bias_table(num_heads: int, size: Grid) -> nn.Parameter:
-    """A table (heads, 2 * rows - 1, 2 * cols - 1) of one bias for each displacement on a map of rows and columns, from a narrow normal."""
-    rows, cols = size
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(num_heads, 2 * rows - 1, 2 * cols - 1), std=0.02))

@@ -5,13 +5,14 @@ from torch import Tensor
 
 from ...ops.grouped_attention import relative_position_bias
 from ...ops.windows import window_attention
+from ..bias_table import bias_table
 from ..region_routing import check_positive
-from .heads import HeadedAttention, bias_table
+from .heads import HeadedAttention
 
 
 @register_notrace_module  # a leaf for torchvision's feature extraction, whose tracer cannot follow its shapes
 class WindowAttention(HeadedAttention):
-    """Every pixel attends to those of its window.
+    """Every pixel attends to those of its window. (B, H, W, C) -> the same.
 
     In turns without and with `shift`, these are Swin's W-MSA and SW-MSA (section 3.2); MaxViT's block attention and, without the bias, the
     locally-grouped attention of Twins are the first of them.
@@ -33,7 +34,7 @@ class WindowAttention(HeadedAttention):
         if not 0 <= shift < window_size:
             raise ValueError(f"shift={shift} is not from 0 to below window_size={window_size}")
         self.window_size, self.shift = window_size, shift
-        self.bias_table = bias_table(num_heads, (window_size, window_size)) if relative_bias else None
+        self.bias_table = bias_table(num_heads, (window_size, window_size), std=0.02) if relative_bias else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shift = tuple(self.shift if n > self.window_size else 0 for n in q.shape[1:3])
