@@ -187,8 +187,20 @@ def main() -> None:
     if arguments.kind == "table5":
         add_costs(rows, arguments.threads)
         save(file, rows, packages=["lightning"])
-        print(table([{key: value for key, value in row.items() if key != "curve"} for row in rows]))
+        print(table(by_model(rows)))
     print(plot(arguments.kind, rows))
+
+
+def by_model(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each model, the best first: the mean of its seeds and the range beside what it costs."""
+    found = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        runs = [row for row in rows if row["model"] == name]
+        reached = [100 * row["accuracy"] for row in runs]
+        costs = {key: runs[0][key] for key in ("params_m", "macs_m", "images/s", "training images/s", "training MB")}
+        spread = {"accuracy, %": statistics.mean(reached), "from": min(reached), "to": max(reached), "seeds": len(runs)}
+        found.append({"model": name, **spread, **costs})
+    return sorted(found, key=lambda row: -row["accuracy, %"])
 
 
 def add_costs(rows: list[dict[str, Any]], threads: int) -> None:

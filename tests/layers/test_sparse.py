@@ -240,7 +240,7 @@ EVERY = [
     lambda: WindowAttention(DIM, HEADS, shift=3),
     lambda: GridAttention(DIM, HEADS),
     lambda: CrissCrossAttention(DIM, HEADS),
-    lambda: CrossShapedWindowAttention(DIM, HEADS, 2),
+    lambda: CrossShapedWindowAttention(DIM, HEADS, 4),
     lambda: DeformableAttention(DIM, HEADS),
     lambda: AxialAttention(DIM, HEADS, "row"),
     lambda: SubsampledAttention(DIM, HEADS, 4),
