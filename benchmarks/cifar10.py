@@ -125,16 +125,21 @@ def plot(kind: str, rows: list[dict[str, Any]]) -> Path:
         }.items(),
         key=lambda end: end[1],
     )
-    height = 0.0
-    for name, end in ends:
+    for name, _ in ends:
         for row in (row for row in rows if row["model"] == name):
             steps, accuracies = zip(*row["curve"], strict=True)
             epochs = [row["epochs"] * step / steps[-1] for step in steps]
             axes.plot(epochs, [100 * a for a in accuracies], color=MODELS[name][2], marker="o", markersize=4)
-        height = max(100 * end, height + 1.3)  # labels that do not touch
-        label = f"{name} {100 * end:.1f}"
+    low, high = axes.get_ylim()
+    gap = (high - low) / 19  # labels that do not touch: from below as low as they may, then from the top as low as they must
+    heights: list[float] = []
+    for _, end in ends:
+        heights.append(max(100 * end, heights[-1] + gap if heights else low))
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], heights[i + 1] - gap if i + 1 < len(heights) else high)
+    for (name, end), height in zip(ends, heights, strict=True):
         where = dict(xytext=(8, 0), textcoords="offset points", va="center")
-        axes.annotate(label, (rows[0]["epochs"], height), color=MODELS[name][2], **where)
+        axes.annotate(f"{name} {100 * end:.1f}", (rows[0]["epochs"], height), color=MODELS[name][2], **where)
     sizes = [row["params_m"] for row in rows]
     title = f"CIFAR-10 at {SIZE} pixels, models of {min(sizes):.1f} to {max(sizes):.1f} M parameters"
     axes.set(xlabel="epochs", ylabel="accuracy on the test images, %", title=title)
