@@ -148,6 +148,5 @@ def test_one_table_or_all(capsys):
     assert "invalid choice: 8 (choose from 1, 2, 3, 4, 5, 6, 7)" in capsys.readouterr().err
 
 
-@pytest.mark.skip(reason="debiformer tables --markdown > docs/tables.md, once all models and results of its tables are there")
 def test_the_page_is_up_to_date(found):
     assert PAGE.read_text(encoding="utf-8") == tables.page(found) + "\n"
