@@ -258,8 +258,8 @@ SECTIONS = (
     Section(
         (5,),
         "Table 5: mechanisms of attention in the Swin-T layout",
-        "GMACs at 224x224. The proxy trains small models that differ in the mechanism and what belongs to it, convolutions and biases among "
-        "them: it ranks them on CIFAR-10, and says little of ImageNet. Its range is that of the seeds.",
+        "GMACs at 224x224. The proxy trains small models that differ in the mechanism and what belongs to it, convolutions and biases "
+        "among them: it ranks them on CIFAR-10, and says little of ImageNet. Its range is that of the seeds.",
         mechanisms,
     ),
     Section(
