@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..data.blood_cells import SAMPLE, LinearBaseline, crop, linear_baseline, whole_images
 from ..data.images import eval_transform, read_image
-from ..explain import tracing
+from ..explain import RoutingTrace, tracing
 from ..explain.figures import COLOURS, Example, overview
 from ..tasks.classification import ClassificationTask, ClassScore
 from ..tasks.prediction import PREPROCESSING, load_classifier, predict
@@ -95,6 +95,7 @@ def explain(task: ClassificationTask, pixels: torch.Tensor, title: str) -> Examp
     mean, std = (torch.tensor(task.hparams[name]).view(3, 1, 1) for name in ("mean", "std"))
     seen = ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     routed, deformable = (traces[name] for name in ("stages.1.blocks.0.mixer", "stages.0.blocks.1.mixer"))
+    assert isinstance(routed, RoutingTrace)
     return Example(Image.fromarray(seen), title, points=deformable, routing=routed, attention=deformable)
 
 

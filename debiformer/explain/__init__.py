@@ -1,5 +1,6 @@
 """Explanations: what routing layers look at, as arrays first and figures second."""
 
-from .attention import Trace, tracing
+from .attention import RoutingTrace, Trace, tracing
+from .rollout import rollout
 
-__all__ = ["Trace", "tracing"]
+__all__ = ["RoutingTrace", "Trace", "rollout", "tracing"]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL.Image import Image, Resampling
 
-from .attention import Trace
+from .attention import RoutingTrace, Trace
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#F0E442", "#000000")
@@ -34,7 +34,7 @@ class Example:
     image: Image
     title: str
     points: Trace
-    routing: Trace
+    routing: RoutingTrace
     attention: Trace
     query: tuple[float, float] = (0.4, 0.4)
 
@@ -57,7 +57,7 @@ def draw_points(axes: Axes, image: Image, trace: Trace) -> None:
     """Where the deformed points moved from their cell centres; the larger a point, the more the pixels listen to it."""
     show(axes, image, fade=0.15)
     points, start = (p.float().cpu() for p in trace.points())
-    padded, size = trace.padded, trace.size
+    padded, size = getattr(trace, "padded", trace.size), trace.size
     weights = trace.importance().float().cpu()
     stretch = np.array([padded[1] / size[1], padded[0] / size[0]])  # points span the padded map
     heard = weights / weights.max()
@@ -75,7 +75,7 @@ def draw_points(axes: Axes, image: Image, trace: Trace) -> None:
     axes.set_ylim(1, 0)
 
 
-def draw_routes(axes: Axes, image: Image, trace: Trace, query: tuple[float, float]) -> None:
+def draw_routes(axes: Axes, image: Image, trace: RoutingTrace, query: tuple[float, float]) -> None:
     """The query, its own region in outline, and the regions that this is routed to; everything else is washed out."""
     row, column = pixel(trace, query)
     (height, width), (h, w), cols = trace.size, trace.region_size, trace.region_grid[1]

@@ -1,8 +1,8 @@
 """Full attention with local context enhancement: the last stage of BiFormer."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.dense_attention import dense_attention
 from .depthwise import DepthwiseConv2d
 from .region_routing import check_heads
 
@@ -34,5 +34,5 @@ class FullAttention(nn.Module):
         context = self.local_context(x) if self.local_context is not None else self.value_context(qkv.chunk(3, dim=-1)[2])  # type: ignore[misc]
         # Scaled by the head width, unlike the routed layers.
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, x.shape[-1] // self.num_heads)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).view_as(x)
+        out = dense_attention(q, k, v).transpose(1, 2).flatten(2).view_as(x)
         return self.proj(out + context)

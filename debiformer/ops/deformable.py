@@ -41,6 +41,7 @@ def sample_points(x: Tensor, points: Tensor, *, backend: str = "auto") -> Tensor
         raise ValueError(f"x and points must be floating-point on one device; got {x.dtype} {x.device}, {points.dtype} {points.device}")
     if not points.shape[1] or x.shape[-1] % points.shape[1]:
         raise ValueError(f"the {points.shape[1]} groups of points do not divide the {x.shape[-1]} channels of x")
+    report("sample_points", x=x, points=points)
     return SAMPLE_IMPLEMENTATIONS[requested_backend(backend).backend](x, points)
 
 

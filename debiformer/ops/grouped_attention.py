@@ -15,13 +15,13 @@ def grouped_attention(
     Args:
         q: Queries (B, N, T, C): N groups of T tokens.
         k: Keys, likewise.
-        v: Values, likewise.
-        num_heads: Attention heads, each D = C / num_heads wide; must divide C.
+        v: Values (B, N, T, C').
+        num_heads: Attention heads, each D = C / num_heads wide; must divide C and C'.
         bias: Added to the scores of every group, (heads, T, T).
         labels: Of the tokens, (N, T); tokens of different labels do not see each other, as what is in the map and what fills up a group.
 
     Returns:
-        (B, N, T, C).
+        (B, N, T, C').
     """
     batch, groups, tokens, _ = q.shape
     queries, keys, values = (x.flatten(0, 1).unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2) for x in (q, k, v))

@@ -7,6 +7,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .chunks import is_compiling
 from .grouped_attention import grouped_attention
+from .observation import report
 from .regions import Grid, crop, merge, pad_to_grid, padded_size, partition, region_size
 
 UNSHIFTED = (0, 0)
@@ -53,20 +54,21 @@ def window_attention(
     Args:
         q: Query map (B, H, W, C), of any height and width.
         k: Key map, likewise.
-        v: Value map, likewise.
+        v: Value map (B, H, W, C'); C' = C in every model.
         window: Height and width of a window.
-        num_heads: Attention heads; must divide C.
+        num_heads: Attention heads; must divide C and C'.
         shift: Row and column that the first whole window begins at, from 0 to below the window's size; before it lie cut ones.
         bias: Added to the scores, (heads, T, T) with T = height * width of the window.
 
     Returns:
-        (B, H, W, C).
+        (B, H, W, C').
 
     Raises:
         ValueError: If the heads do not divide the channels, or the shift is out of range.
     """
     if q.shape[3] % num_heads or not all(0 <= first < extent for first, extent in zip(shift, window, strict=True)):
         raise ValueError(f"num_heads={num_heads} must divide the {q.shape[3]} channels, and shift={shift} lie in the window {window}")
+    report("window_attention", q=q, k=k, v=v, window=window, num_heads=num_heads, shift=shift, bias=bias)
     size = q.shape[1], q.shape[2]
     labels = None
     if any(shift) or not _fits(window, size):  # cut windows share one with others, or with what is no pixel
@@ -87,19 +89,20 @@ def grid_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, num_heads: int, 
     Args:
         q: Query map (B, H, W, C), of any height and width; the border cuts the last cells off.
         k: Key map, likewise.
-        v: Value map, likewise.
+        v: Value map (B, H, W, C'); C' = C in every model.
         grid: Rows and columns of cells.
-        num_heads: Attention heads; must divide C.
+        num_heads: Attention heads; must divide C and C'.
         bias: Added to the scores, (heads, T, T) with T = rows * columns of the grid.
 
     Returns:
-        (B, H, W, C).
+        (B, H, W, C').
 
     Raises:
         ValueError: If the heads do not divide the channels.
     """
     if q.shape[3] % num_heads:
         raise ValueError(f"num_heads={num_heads} does not divide the {q.shape[3]} channels")
+    report("grid_attention", q=q, k=k, v=v, grid=grid, num_heads=num_heads, bias=bias)
     size = q.shape[1], q.shape[2]
     padded = padded_size(grid, size)
 

@@ -45,7 +45,7 @@ def test_attention_lies_on_the_routed_regions_alone(index, size):
     assert (weights >= 0).all()
     if (size[0] % 2, size[1] % 3) == (0, 0) and not trace.layer.soft_routing:
         assert weights.sum().item() == pytest.approx(1, abs=1e-5)
-    if trace.deformable is None:
+    if isinstance(trace.layer, BiLevelRoutingAttention):
         for i in range(size[0]):
             for j in range(size[1]):
                 assert (weights[i, j] > 0) == (trace.region(i, j) in routed)
@@ -75,15 +75,15 @@ def test_composed_attention_of_the_deformable_layer(size, stride, groups):
     with tracing(torch.nn.Sequential(layer)) as traces:
         layer(torch.randn(2, *size, 8, dtype=torch.float64))
     (trace,) = traces.values()
-    call = trace.deformable
+    call = trace.call("deformable_attention")
     bias = reference.position_bias(call["points"], call["bias_table"], call["grid_size"])
     to_agents = (call["scale"] * call["q"] @ call["k"].transpose(-1, -2) + bias).softmax(-1)[1].mean(0)
-    q, k, routes = (trace.routed[name][1] for name in ("q", "k", "routes"))
+    q, k, routes = (trace.call("routed_attention")[name][1] for name in ("q", "k", "routes"))
     regions = []
     for region in range(6):
         mask = torch.full((6,), float("-inf"), dtype=torch.float64)
         mask[routes[region]] = 0
-        logits = trace.routed["scale"] * q[:, region] @ k.flatten(1, 2).transpose(-1, -2)
+        logits = trace.call("routed_attention")["scale"] * q[:, region] @ k.flatten(1, 2).transpose(-1, -2)
         regions.append((logits + mask.repeat_interleave(k.shape[2])).softmax(-1).mean(0))
     stacked = torch.stack(regions)[None]  # (1, R, agents of a region, tokens of all regions)
     agent_grid = [math.ceil(n / stride) for n in trace.padded]
@@ -111,6 +111,19 @@ def test_points_start_from_cell_centres_and_move_by_the_offsets():
     torch.testing.assert_close(moved[:, 0], moved[:, 1])
 
 
+def test_routes_are_the_regions_of_the_largest_affinities():
+    torch.manual_seed(0)
+    layer = layers()[0]
+    x = torch.randn(2, 4, 6, 8)
+    with tracing(torch.nn.Sequential(layer)) as traces:
+        layer(x)
+    (trace,) = traces.values()
+    found = trace.affinities(1, 2, image=1)
+    q, k, _ = (reference.partition(part, (2, 3)).mean(2)[1] for part in layer.qkv(x).chunk(3, -1))
+    torch.testing.assert_close(found.flatten(), k @ q[trace.region(1, 2)])
+    assert trace.routes(1, 2, image=1) == found.flatten().argsort(descending=True)[:2].tolist()
+
+
 def test_bad_queries_say_what_is_valid():
     layer = layers()[0]
     with tracing(torch.nn.Sequential(layer)) as traces:
@@ -122,7 +135,7 @@ def test_bad_queries_say_what_is_valid():
         with pytest.raises(ValueError, match=rf"image {image} is not one of the 1 traced in 0"):
             trace.attention(0, 0, image)
     for question in (trace.points, trace.importance):
-        with pytest.raises(ValueError, match=r"0 has no (points|agents): it is a BiLevelRoutingAttention"):
+        with pytest.raises(ValueError, match=r"0 has no points: it is a BiLevelRoutingAttention"):
             question()
 
 

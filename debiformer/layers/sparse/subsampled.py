@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ...ops.dense_attention import dense_attention
 from ..region_routing import check_heads, check_positive
 from .heads import tokens_in_heads
 
@@ -42,4 +43,4 @@ class SubsampledAttention(nn.Module):
             cells = self.norm(self.summary(F.pad(x, (0, 0, 0, right, 0, below)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         q = tokens_in_heads(self.query(x).flatten(1, 2), self.num_heads)
         k, v = (tokens_in_heads(part, self.num_heads) for part in self.key_value(cells.flatten(1, 2)).chunk(2, dim=-1))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).view_as(x)
+        return self.proj(dense_attention(q, k, v).transpose(1, 2).flatten(2)).view_as(x)

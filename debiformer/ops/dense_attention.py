@@ -1,0 +1,12 @@
+"""Attention of every query to every key."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .observation import report
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(D ** -0.5 q k^T) v, with queries (B, H, N, D), keys (B, H, M, D) and values (B, H, M, E); returns (B, H, N, E)."""
+    report("dense_attention", q=q, k=k, v=v)
+    return F.scaled_dot_product_attention(q, k, v)
