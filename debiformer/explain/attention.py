@@ -33,6 +33,8 @@ class Trace:
     tells what each has given. Queries are pixels (row, column) of the layer's map, which is `size`.
     """
 
+    has_points = False
+
     def __init__(self, name: str, layer: Any, size: tuple[int, int]) -> None:
         self.name, self.layer, self.size = name, layer, size
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -46,10 +48,7 @@ class Trace:
         Raises:
             ValueError: If there is no such pixel, image or head.
         """
-        self.check_query(row, column)
-        weights = torch.zeros(self.size)
-        weights[row, column] = 1
-        return self._of_head(self.spread(weights, image), head)
+        return self._of_head(self.spread(self._one(row, column), image), head)
 
     def spread(self, weights: Tensor, image: int = 0) -> Tensor:
         """What queries of these weights (H, W) attend to, summed, for each head: (heads, H, W); the rows of an attention matrix, mixed.
@@ -87,7 +86,15 @@ class Trace:
         """Attention that each point (h, w) receives, the mean over all pixels, of one head or averaged over all.
 
         Raises:
-            ValueError: If there is no such image, or the layer is not deformable.
+            ValueError: If there is no such image or head, or the layer is not deformable.
+        """
+        self._lacks("points")
+
+    def heard(self, row: int, column: int, image: int = 0, head: int | None = None) -> Tensor:
+        """Attention of one pixel to each point (h, w), of one head or averaged over all.
+
+        Raises:
+            ValueError: If there is no such pixel, image or head, or the layer is not deformable.
         """
         self._lacks("points")
 
@@ -95,6 +102,13 @@ class Trace:
         """Raise a ValueError unless the map has this pixel."""
         if not (0 <= row < self.size[0] and 0 <= column < self.size[1]):
             raise ValueError(f"query ({row}, {column}) is not on the {self.size[0]}x{self.size[1]} map of {self.name}")
+
+    def _one(self, row: int, column: int) -> Tensor:
+        """All weight on one pixel of the map."""
+        self.check_query(row, column)
+        weights = torch.zeros(self.size)
+        weights[row, column] = 1
+        return weights
 
     def _lacks(self, what: str) -> NoReturn:
         raise ValueError(f"{self.name} has no {what}: it is a {type(self.layer).__name__}")
@@ -167,6 +181,8 @@ class DenseTrace(Trace):
 class PointTrace(Trace):
     """Deformable attention: pixels to points, and the map as it is read there."""
 
+    has_points = True
+
     def spread(self, weights: Tensor, image: int = 0) -> Tensor:
         sampled = self._of_image(self.call("sample_points"), image)
         on_points = self._on_points(weights, image)
@@ -179,8 +195,14 @@ class PointTrace(Trace):
         return points, _cell_centres(points)
 
     def importance(self, image: int = 0, head: int | None = None) -> Tensor:
-        points = self.call("sample_points")["points"]
-        return self._of_head(self._on_points(uniform(self.size), image), head).unflatten(0, points.shape[2:4])
+        return self._of_head(self._on_grid(uniform(self.size), image), head)
+
+    def heard(self, row: int, column: int, image: int = 0, head: int | None = None) -> Tensor:
+        return self._of_head(self._on_grid(self._one(row, column), image), head)
+
+    def _on_grid(self, weights: Tensor, image: int) -> Tensor:
+        """Weights (heads, h, w) on the points, for weights of the pixels (H, W) of the map."""
+        return self._on_points(weights, image).unflatten(1, self.call("sample_points")["points"].shape[2:4])
 
     def _on_points(self, weights: Tensor, image: int) -> Tensor:
         """Weights (heads, M) on the points, for weights of the pixels (H, W) of the padded map."""
@@ -256,10 +278,13 @@ class AgentTrace(RoutingTrace, PointTrace):
         return points, _cell_centres(points)
 
     def importance(self, image: int = 0, head: int | None = None) -> Tensor:
-        """As for every layer with points; it sums to 1 with the agents of the padding."""
+        """As for every layer with points, over the pixels of the padded map; it sums to 1 with the agents of the padding."""
+        return self._of_head(self._on_grid(uniform(self.padded), image), head)
+
+    def _on_grid(self, weights: Tensor, image: int) -> Tensor:
         height, width = self.agents
-        found = self._of_head(self._on_points(uniform(self.padded), image), head)
-        return found.unflatten(0, self._padded_agents)[:height, :width]
+        below, right = (n - m for n, m in zip(self.padded, weights.shape, strict=True))
+        return self._on_points(F.pad(weights, (0, right, 0, below)), image).unflatten(1, self._padded_agents)[:, :height, :width]
 
     @property
     def agents(self) -> tuple[int, int]:

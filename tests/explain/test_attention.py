@@ -93,6 +93,8 @@ def test_composed_attention_of_the_deformable_layer(size, stride, groups):
         on_tokens = to_agents[row * trace.padded[1] + column] @ agents
         expected = reference.merge(on_tokens.view(1, 6, -1, 1), grid, trace.padded)[0, : size[0], : size[1], 0]
         torch.testing.assert_close(trace.attention(row, column, image=1), expected)
+        listened = to_agents[row * trace.padded[1] + column].view(padded_agents)
+        torch.testing.assert_close(trace.heard(row, column, image=1), listened[: trace.agents[0], : trace.agents[1]])
     height, width = trace.agents
     expected = to_agents.mean(0).view(padded_agents)[:height, :width]
     torch.testing.assert_close(trace.importance(image=1), expected)

@@ -1,0 +1,111 @@
+"""The path of one query, from its pixel through points and regions to the pixels that it hears of in the end."""
+
+from typing import Any
+
+import matplotlib.patheffects as effects
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from .attention import RoutingTrace, Trace
+from .figures import COLOURS, QUERY, show
+from .look import Look
+
+HALO = [effects.withStroke(linewidth=2.5, foreground="white")]
+
+
+def path_figure(look: Look, stage: int, block: int, x: float, y: float, head: int | None = None) -> Figure:
+    """How a query at (x, y), in pixels of the image, reaches other pixels in a layer: a panel for each step, with a line on what it shows.
+
+    Args:
+        look: What the model did with the image.
+        stage: Stage of the layer, from 1.
+        block: Block of the layer in its stage, from 1.
+        x: Pixels from the left of the image.
+        y: Pixels from its top.
+        head: One attention head, from 0, or all averaged.
+
+    Raises:
+        ValueError: If there is no such layer, head or place.
+    """
+    trace = look.trace(stage, block)
+    row, column = look.pixel(trace, x, y)
+    steps = [("the image, and the query ★", draw_query)]
+    if trace.has_points:
+        steps.append(("the points that it listens to:\nthe larger, the more", draw_heard))
+    if isinstance(trace, RoutingTrace):
+        steps.append(
+            (("regions that the agents\nnear it are routed to" if trace.has_points else "regions that it is routed to"), draw_regions)
+        )
+    steps.append(("where its attention ends up", draw_reached))
+    figure = Figure(figsize=(3.1 * len(steps), 3.9), layout="constrained")
+    for axes, (title, draw) in zip(figure.subplots(1, len(steps)), steps, strict=True):
+        draw(axes, look, trace, row, column, head)
+        star(axes, look, trace, row, column)
+        axes.set_title(title, fontsize=10)
+    of = "all heads averaged" if head is None else f"head {head}"
+    figure.suptitle(f"Stage {stage}, block {block}: {type(trace.layer).__name__}, {of}", fontsize=11, fontweight="bold")
+    return figure
+
+
+def draw_query(axes: Axes, look: Look, trace: Trace, row: int, column: int, head: int | None) -> None:
+    """The image alone."""
+    show(axes, look.image)
+
+
+def draw_heard(axes: Axes, look: Look, trace: Trace, row: int, column: int, head: int | None) -> None:
+    """Points where they were sampled, as large as the attention that the query pays to each."""
+    show(axes, look.image, fade=0.35)
+    weights = trace.heard(row, column, head=head).float().cpu()
+    points = trace.points()[0].float().cpu()
+    padded = getattr(trace, "padded", trace.size)
+    stretch = torch.tensor([p / s / c for p, s, c in zip(padded[::-1], trace.size[::-1], look.covered[::-1], strict=True)])
+    places = (points + 1) / 2 * stretch
+    share = (weights / weights.max()).flatten()
+    for group, at in enumerate(places.flatten(1, 2)):
+        colour = COLOURS[group % len(COLOURS)]
+        axes.scatter(at[:, 0], at[:, 1], s=(8 + 150 * share).numpy(), color=colour, edgecolor="white", linewidth=0.8, alpha=0.9, zorder=3)
+    axes.set(xlim=(0, 1), ylim=(1, 0))
+
+
+def draw_regions(axes: Axes, look: Look, trace: Trace, row: int, column: int, head: int | None) -> None:
+    """Routed regions in outline, over how well every region answers; the query's own is dashed."""
+    assert isinstance(trace, RoutingTrace)
+    show(axes, look.image.convert("L"), fade=0.45)
+    affinities = trace.affinities(row, column).float().cpu().numpy()
+    (height, width), (h, w), cols = trace.size, trace.region_size, trace.region_grid[1]
+    across, down = width * look.covered[1], height * look.covered[0]
+    rows = trace.region_grid[0]
+    axes.imshow(affinities, cmap="cividis", alpha=0.45, extent=(0, cols * w / across, rows * h / down, 0), interpolation="nearest")
+    for region in (*trace.routes(row, column), trace.region(row, column)):
+        own = region == trace.region(row, column)
+        style: dict[str, Any] = (
+            dict(edgecolor="black", linewidth=1.6, linestyle=(0, (2, 2))) if own else dict(edgecolor=COLOURS[0], linewidth=2.2)
+        )
+        corner = (region % cols * w / across, region // cols * h / down)
+        axes.add_patch(Rectangle(corner, w / across, h / down, fill=False, zorder=3 if own else 2, **style))
+    axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
+
+
+def draw_reached(axes: Axes, look: Look, trace: Trace, row: int, column: int, head: int | None) -> None:
+    """The attention of the query to every pixel, all levels composed, over the image in grey."""
+    heat(axes, look, look.on_image(trace.attention(row, column, head=head)))
+
+
+def heat(axes: Axes, look: Look, weights: Tensor) -> None:
+    """Weights (H, W) over the image in grey, relative to their peak."""
+    show(axes, look.image.convert("L"), fade=0.25)
+    values = weights.float().cpu().numpy()
+    axes.imshow(
+        values / max(values.max(), np.finfo(np.float32).tiny), cmap="inferno", alpha=0.62, extent=(0, 1, 1, 0), interpolation="bicubic"
+    )
+
+
+def star(axes: Axes, look: Look, trace: Trace, row: int, column: int) -> None:
+    """A star on the query's pixel of the map."""
+    down, across = (side * share for side, share in zip(trace.size, look.covered, strict=True))
+    axes.plot((column + 0.5) / across, (row + 0.5) / down, **QUERY)
+    axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
