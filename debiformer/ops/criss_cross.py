@@ -24,9 +24,7 @@ def criss_cross_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Te
     report("criss_cross_attention", q=q, k=k, v=v, num_heads=num_heads)
     batch, height, width, dim = q.shape
     # (B, heads, H, W, D), and (B, heads, W, H, D) for what runs along columns; in memory so, or every chunk would copy all of them.
-    queries, keys, values = (
-        x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).permute(0, 3, 1, 2, 4).contiguous() for x in (q, k, v)
-    )
+    queries, keys, values = (x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).permute(0, 3, 1, 2, 4).contiguous() for x in (q, k, v))
     keys_down, values_down = keys.transpose(2, 3).contiguous(), values.transpose(2, 3).contiguous()
     queries = queries * (dim // num_heads) ** -0.5
 
