@@ -72,14 +72,14 @@ OURS = {"routed_attention": routed_attention, "deformable_attention": deformable
 
 
 def catch(name: str, x: Tensor, dtype: torch.dtype = torch.float32, **kwargs: Any) -> list[tuple[str, int, Arguments]]:
-    """Every distinct operation of a model on these images: its name, the stage it is first seen in, and its arguments."""
+    """Every distinct one of `OURS` that a model runs on these images: its name, the stage it is first seen in, and its arguments."""
     model, _ = pair(name, str(x.device), **kwargs)
     calls: dict[Any, tuple[str, int, Arguments]] = {}
     stage = 0
 
     def see(operation: str, **arguments: Any) -> None:
-        if operation == "routed_attention" and arguments["routes"].shape[2] == arguments["k"].shape[2]:
-            return  # dense attention, no routing
+        if operation not in OURS or (operation == "routed_attention" and arguments["routes"].shape[2] == arguments["k"].shape[2]):
+            return  # dense attention, no routing; or none of those that are compared
         shapes = (operation, stage, *(tuple(value.shape) for value in arguments.values() if isinstance(value, Tensor)))
         calls.setdefault(shapes, (operation, stage, arguments))
 
