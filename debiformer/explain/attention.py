@@ -48,7 +48,7 @@ class Trace:
         Raises:
             ValueError: If there is no such pixel, image or head.
         """
-        return self._of_head(self.spread(self._one(row, column), image), head)
+        return self._of_head(self.spread(self.one(row, column), image), head)
 
     def spread(self, weights: Tensor, image: int = 0) -> Tensor:
         """What queries of these weights (H, W) attend to, summed, for each head: (heads, H, W); the rows of an attention matrix, mixed.
@@ -103,8 +103,12 @@ class Trace:
         if not (0 <= row < self.size[0] and 0 <= column < self.size[1]):
             raise ValueError(f"query ({row}, {column}) is not on the {self.size[0]}x{self.size[1]} map of {self.name}")
 
-    def _one(self, row: int, column: int) -> Tensor:
-        """All weight on one pixel of the map."""
+    def one(self, row: int, column: int) -> Tensor:
+        """Weights (H, W) of nothing but one pixel of the map.
+
+        Raises:
+            ValueError: If there is no such pixel.
+        """
         self.check_query(row, column)
         weights = torch.zeros(self.size)
         weights[row, column] = 1
@@ -198,7 +202,7 @@ class PointTrace(Trace):
         return self._of_head(self._on_grid(uniform(self.size), image), head)
 
     def heard(self, row: int, column: int, image: int = 0, head: int | None = None) -> Tensor:
-        return self._of_head(self._on_grid(self._one(row, column), image), head)
+        return self._of_head(self._on_grid(self.one(row, column), image), head)
 
     def _on_grid(self, weights: Tensor, image: int) -> Tensor:
         """Weights (heads, h, w) on the points, for weights of the pixels (H, W) of the map."""
