@@ -49,6 +49,15 @@ def debiformer(*arguments, **options):
     )
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As `debiformer tables | head -1`."""
+    line = (
+        f'{sys.executable} -c \'from debiformer.cli import tables, main; tables.run = lambda _: print(10**5 * "row\\n"); main(["tables"])\''
+    )
+    run = subprocess.run(f"{line} | head -1", shell=True, capture_output=True, text=True, check=False)
+    assert (run.stdout, run.stderr) == ("row\n", "")
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with data, a small recipe, and a run `small` trained by it."""

@@ -46,6 +46,7 @@ def test_classification(classifier, picture, tmp_path, capsys):
     assert {*arrays} == ARRAYS | {"points", "reference_points", "heard"}
     assert arrays["attention"].sum() == pytest.approx(1, abs=1e-4)
     assert arrays["grad_cam"].shape == (64, 64)
+    assert "by the 2x2 map of stage 4" in said
     assert arrays["heard"].shape == arrays["points"].shape[1:3]
     for name in ("attention.png", "evidence.png"):
         with Image.open(out / name) as figure:
@@ -94,6 +95,9 @@ def test_places_are_those_that_the_crop_keeps(classifier):
     ("given", "message"),
     [
         (["--stage", 5], "stage 5 is none of 1, 2, 3, 4"),
+        (["--stage", 0], "stage 0 is none of 1, 2, 3, 4"),
+        (["--block", 0], "block 0 of stage 1 is none of 1, 2"),
+        (["--cam-stage", 5], "stage 5 is none of 1, 2, 3, 4"),
         (["--stage", 4, "--block", 2], "block 2 of stage 4 is none of 1"),
         (["--head", 7], "head 7 is not one of the 1 of stages.0.blocks.1.mixer, from 0 on"),
         (["--query", "140,0"], "query 140,0 is not on the image, which is 140 wide and 90 high"),

@@ -1,6 +1,7 @@
 """The command line. Commands import what they need when they run."""
 
 import argparse
+import os
 import sys
 import traceback
 from importlib import import_module
@@ -66,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     module, function = command.function.split(":")
     try:
         return getattr(import_module(f".{module}", __name__), function)(arguments[1:])
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain of what is left to write
+        return 1
     except Exception as error:
         ours = written_by_us(error)
         if ours is None:

@@ -36,15 +36,17 @@ def run(arguments: list[str]) -> int:
     image = read_image(options.image)
     view = seen(options.checkpoint, image, options.device)
     stages = sorted({stage for stage, _ in view.look.traces})
-    stage = options.stage or stages[0]
-    block = options.block or max((b for s, b in view.look.traces if s == stage), default=1)
+    stage = stages[0] if options.stage is None else options.stage
+    block = max((b for s, b in view.look.traces if s == stage), default=1) if options.block is None else options.block
     trace = view.look.trace(stage, block)
     given = options.query or (image.width // 2, image.height // 2)
     x, y = view.place(*given)
     label = None if options.label is None else index_of(options.label, view.labels)
     figure = path_figure(view.look, stage, block, x, y, options.head)
     name, target = view.target(x, y, label)
-    cam = view.activation(target, options.method)
+    cam_stage = stages[-1] if options.cam_stage is None else options.cam_stage
+    cam = view.activation(target, options.method, cam_stage)
+    name += f"; by the {'x'.join(map(str, view.look.trace(cam_stage, 1).size))} map of stage {cam_stage}"
     reached = view.look.on_image(rollout({trace.name: trace for trace in view.look.traces.values()}))
     check_folder(options.output)
     pixel = view.look.pixel(trace, x, y)
@@ -56,7 +58,8 @@ def run(arguments: list[str]) -> int:
     evidence(view, name, cam, reached, options.method).savefig(options.output / "evidence.png", dpi=130)
     np.savez(options.output / "arrays.npz", **{key: value.float().cpu().numpy() for key, value in arrays.items()})  # type: ignore[arg-type]
     print(f"{options.image}: {name}")
-    print(f"query {given[0]:g},{given[1]:g} is pixel {pixel[0]},{pixel[1]} of the {trace.size[0]}x{trace.size[1]} map of {trace.name}")
+    size = "x".join(map(str, trace.size))
+    print(f"query {given[0]:g},{given[1]:g} is in row {pixel[0]}, column {pixel[1]} of the {size} map of {trace.name}")
     for file, what in {
         "attention.png": f"the path of the query in stage {stage}, block {block}",
         "evidence.png": f"{options.method} of {name}, and what reaches the last map",
@@ -77,6 +80,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--query", type=query, metavar="X,Y", help="pixels from the left and from the top (default: the centre)")
     parser.add_argument("--label", help="the class to explain (default: what the model finds, for dense tasks at the query)")
     parser.add_argument("--method", choices=METHODS, default="grad_cam", help="of class activation (default grad_cam)")
+    parser.add_argument("--cam-stage", type=int, help="stage whose map is weighed for class activation (default: the last)")
     parser.add_argument("--output", type=Path, default=Path("explained"), help="folder for figures and arrays (default explained)")
     parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     return parser.parse_args(arguments)

@@ -25,7 +25,7 @@ Target = Callable[[Any], Tensor]  # from what the model gives for one image to t
 def class_activation(
     model: nn.Module,
     images: Tensor,
-    targets: Sequence[int | Target],
+    targets: Sequence[int | Target] | Tensor,
     layer: str | None = None,
     method: str = "grad_cam",
     channels_last: bool | None = None,
@@ -49,6 +49,12 @@ def class_activation(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is none of {', '.join(METHODS)}")
+    if images.ndim != 4:
+        raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")
+    if isinstance(targets, Tensor):
+        targets = targets.tolist()
+    if not isinstance(targets, Sequence) or not all(isinstance(target, int) or callable(target) for target in targets):
+        raise ValueError(f"targets={targets!r} must be a class index, or a function of the output, for each image")
     if len(targets) != len(images):
         raise ValueError(f"{len(targets)} targets for {len(images)} images")
     try:
@@ -98,7 +104,12 @@ def boxes_of(label: int, box: Tensor, overlap: float = 0.5) -> Target:
 
 
 def _class(label: int) -> Target:
-    return lambda logits: logits[label]
+    def logit(logits: Tensor) -> Tensor:
+        if not 0 <= label < len(logits):
+            raise ValueError(f"target {label} is not one of the {len(logits)} classes, from 0 on")
+        return logits[label]
+
+    return logit
 
 
 def last_map(model: nn.Module) -> str:
@@ -124,7 +135,7 @@ def _layer(model: nn.Module, name: str | None) -> nn.Module:
 
 def _is_channels_last(model: nn.Module, layer: nn.Module, x: Tensor, image_size: Sequence[int], channels_last: bool | None) -> bool:
     if x.ndim != 4:
-        raise ValueError(f"the layer gives {tuple(x.shape)}, which is no map (B, C, H, W) or (B, H, W, C)")
+        raise ValueError(f"the layer gives {tuple(x.shape)}, which is no map (B, C, H, W) or (B, H, W, C): name one that gives a map")
     if channels_last is not None:
         return channels_last
     if any(layer in set(part.modules()) for part in model.modules() if isinstance(part, Block)):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import matplotlib.patheffects as effects
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -13,8 +12,6 @@ from torch import Tensor
 from .attention import RoutingTrace, Trace
 from .figures import COLOURS, QUERY, show
 from .look import Look
-
-HALO = [effects.withStroke(linewidth=2.5, foreground="white")]
 
 
 def path_figure(look: Look, stage: int, block: int, x: float, y: float, head: int | None = None) -> Figure:
@@ -33,27 +30,39 @@ def path_figure(look: Look, stage: int, block: int, x: float, y: float, head: in
     """
     trace = look.trace(stage, block)
     row, column = look.pixel(trace, x, y)
-    steps = [("the image, and the query ★", draw_query)]
-    if trace.has_points:
+    points = trace.has_points
+    steps = [("the query ★, and its pixel of the map", draw_query)]
+    if points:
         steps.append(("the points that it listens to:\nthe larger, the more", draw_heard))
     if isinstance(trace, RoutingTrace):
         steps.append(
-            (("regions that the agents\nnear it are routed to" if trace.has_points else "regions that it is routed to"), draw_regions)
+            ("regions that the agents of its\nown region are routed to" if points else "regions that it is routed to", draw_regions)
         )
-    steps.append(("where its attention ends up", draw_reached))
+    steps.append(("where its attention ends up,\nthrough all points" if points else "where its attention ends up", draw_reached))
     figure = Figure(figsize=(3.1 * len(steps), 3.9), layout="constrained")
     for axes, (title, draw) in zip(figure.subplots(1, len(steps)), steps, strict=True):
         draw(axes, look, trace, row, column, head)
-        star(axes, look, trace, row, column)
+        axes.plot(x / look.image.width, y / look.image.height, **QUERY)
+        axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
         axes.set_title(title, fontsize=10)
     of = "all heads averaged" if head is None else f"head {head}"
+    keys = {
+        "points of a colour share an offset group": points,
+        "dashed: its own region; yellow: regions that answer it well": isinstance(trace, RoutingTrace),
+        "brightness is relative to the brightest": True,
+    }
+    figure.supxlabel("; ".join(key for key, shown in keys.items() if shown), fontsize=9)
     figure.suptitle(f"Stage {stage}, block {block}: {type(trace.layer).__name__}, {of}", fontsize=11, fontweight="bold")
     return figure
 
 
 def draw_query(axes: Axes, look: Look, trace: Trace, row: int, column: int, head: int | None) -> None:
-    """The image alone."""
+    """The image, and the pixel of the map that the query falls on."""
     show(axes, look.image)
+    down, across = (side * share for side, share in zip(trace.size, look.covered, strict=True))
+    for colour, width in (("white", 2.4), ("black", 1.2)):
+        pixel = Rectangle((column / across, row / down), 1 / across, 1 / down, fill=False, edgecolor=colour, linewidth=width)
+        axes.add_patch(pixel)
 
 
 def draw_heard(axes: Axes, look: Look, trace: Trace, row: int, column: int, head: int | None) -> None:
@@ -67,7 +76,8 @@ def draw_heard(axes: Axes, look: Look, trace: Trace, row: int, column: int, head
     share = (weights / weights.max()).flatten()
     for group, at in enumerate(places.flatten(1, 2)):
         colour = COLOURS[group % len(COLOURS)]
-        axes.scatter(at[:, 0], at[:, 1], s=(8 + 150 * share).numpy(), color=colour, edgecolor="white", linewidth=0.8, alpha=0.9, zorder=3)
+        look_of: dict[str, Any] = dict(color=colour, edgecolor="white", linewidth=0.8, alpha=0.9, zorder=3, clip_on=False)
+        axes.scatter(at[:, 0], at[:, 1], s=(8 + 150 * share).numpy(), **look_of)
     axes.set(xlim=(0, 1), ylim=(1, 0))
 
 
@@ -92,7 +102,10 @@ def draw_regions(axes: Axes, look: Look, trace: Trace, row: int, column: int, he
 
 def draw_reached(axes: Axes, look: Look, trace: Trace, row: int, column: int, head: int | None) -> None:
     """The attention of the query to every pixel, all levels composed, over the image in grey."""
-    heat(axes, look, look.on_image(trace.attention(row, column, head=head)))
+    weights = look.on_image(trace.attention(row, column, head=head))
+    heat(axes, look, weights)
+    if not weights.any():
+        axes.text(0.5, 0.5, "all of it is\non padding", ha="center", va="center", fontsize=11, color="white")
 
 
 def heat(axes: Axes, look: Look, weights: Tensor) -> None:

@@ -86,9 +86,14 @@ class View:
         chosen, score = int(found["labels"][chosen_box]), found["scores"][chosen_box]
         return f"{self.labels[chosen]}, {score:.0%}", boxes_of(chosen, found["boxes"][chosen_box])
 
-    def activation(self, target: int | Target, method: str = "grad_cam") -> Tensor:
-        """The class activation map (H, W) of a target, over the image as seen."""
-        return class_activation(self.model, self.inputs, [target], method=method)[0]
+    def activation(self, target: int | Target, method: str, stage: int) -> Tensor:
+        """The class activation map (H, W) of a target, over the image as seen, by the map of a stage, from 1.
+
+        Raises:
+            ValueError: If there is no such stage or method.
+        """
+        of_stage = self.look.trace(stage, 1).name.rpartition(".blocks.")[0]
+        return class_activation(self.model, self.inputs, [target], of_stage, method)[0]
 
 
 def classified(model: nn.Module, image: Image.Image, transform: Any, labels: list[str], device: torch.device) -> View:

@@ -120,12 +120,20 @@ def test_its_kin(method):
     assert found.isfinite().all()
 
 
+def test_targets_may_be_a_tensor():
+    model, images = timm.create_model("debiformer_nano", num_classes=5).eval(), torch.randn(2, 3, 64, 64)
+    assert torch.equal(class_activation(model, images, torch.tensor([1, 3])), class_activation(model, images, [1, 3]))
+
+
 def test_bad_requests_say_what_is_valid():
     model, images = timm.create_model("debiformer_nano", num_classes=5).eval(), torch.randn(1, 3, 64, 64)
     for kwargs, message in [
         (dict(layer="stages.4"), "layer='stages.4' is no module of DeBiFormer: did you mean stages"),
         (dict(method="gradcam"), "method='gradcam' is none of grad_cam"),
         (dict(targets=[1, 2]), "2 targets for 1 images"),
+        (dict(targets=3), "targets=3 must be a class index, or a function of the output, for each image"),
+        (dict(targets=[5]), "target 5 is not one of the 5 classes, from 0 on"),
+        (dict(targets=[-1]), "target -1 is not one of the 5 classes"),
     ]:
         with pytest.raises(ValueError, match=message):
             class_activation(model, images, **({"targets": [1]} | kwargs))

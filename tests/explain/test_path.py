@@ -38,9 +38,9 @@ def test_every_layer_has_its_steps(name, stage, block, panels):
     assert len(figure.axes) == panels
     assert all(axes.get_title() for axes in figure.axes)
     assert f"Stage {stage}, block {block}" in figure.get_suptitle()
-    for axes in figure.axes:  # a star on the pixel that holds the query
+    for axes in figure.axes:  # a star on the query
         (x,), (y,) = axes.lines[-1].get_data()
-        assert (abs(x - 30 / 80), abs(y - 20 / 64)) < (1 / 5, 1 / 4)
+        assert (x, y) == (30 / 80, 20 / 64)
         assert (axes.get_xlim(), axes.get_ylim()) == ((0, 1), (1, 0))
 
 
