@@ -39,7 +39,7 @@ def path_figure(look: Look, stage: int, block: int, x: float, y: float, head: in
             ("regions that the agents of its\nown region are routed to" if points else "regions that it is routed to", draw_regions)
         )
     steps.append(("where its attention ends up,\nthrough all points" if points else "where its attention ends up", draw_reached))
-    figure = Figure(figsize=(3.1 * len(steps), 3.9), layout="constrained")
+    figure = Figure(figsize=(3.1 * len(steps), 4.2), layout="constrained")
     for axes, (title, draw) in zip(figure.subplots(1, len(steps)), steps, strict=True):
         draw(axes, look, trace, row, column, head)
         axes.plot(x / look.image.width, y / look.image.height, **QUERY)

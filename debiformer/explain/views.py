@@ -54,7 +54,7 @@ class View:
             if abs(places[nearest] - value) > max(step, 1):
                 low, high = np.ceil(places[0]), np.floor(places[-1])
                 raise ValueError(f"query {x:g},{y:g} is outside of what the model sees of the image: {axis} from {low:g} to {high:g}")
-            at.append(float(nearest))
+            at.append(nearest + 0.5)  # its centre
         return at[0], at[1]
 
     def target(self, x: float, y: float, label: int | None = None) -> tuple[str, int | Target]:
