@@ -209,11 +209,13 @@ def by_model(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def add_costs(rows: list[dict[str, Any]], threads: int) -> None:
-    """The speed of every mechanism, and the memory of its training step in a fresh process; and its name among the presets."""
-    fast = speeds(threads)
+    """The speed of every mechanism, and the memory of its training step in a fresh process, beside each of its runs."""
+    costs: dict[str, dict[str, Any]] = dict(speeds(threads))
     for row in rows:
         mixer = MODELS[row["model"]][1]["mixer"]
-        row |= {"mixer": mixer, **fast[mixer], "training MB": round(call(__file__, dict(mixer=mixer, threads=threads)))}
+        if "training MB" not in costs[mixer]:
+            costs[mixer]["training MB"] = round(call(__file__, dict(mixer=mixer, threads=threads)))
+        row |= {"mixer": mixer, **costs[mixer]}
 
 
 if __name__ == "__main__":

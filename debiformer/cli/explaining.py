@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
     cam_stage = stages[-1] if options.cam_stage is None else options.cam_stage
     cam = view.activation(target, options.method, cam_stage)
     name += f"; by the {'x'.join(map(str, view.look.trace(cam_stage, 1).size))} map of stage {cam_stage}"
-    reached = view.look.on_image(rollout({trace.name: trace for trace in view.look.traces.values()}))
+    reached = view.look.on_image(rollout(view.look.traces))
     check_folder(options.output)
     pixel = view.look.pixel(trace, x, y)
     arrays = {"attention": trace.attention(*pixel, head=options.head), "rollout": reached, options.method: cam}

@@ -253,9 +253,13 @@ class RoutingTrace(Trace):
         return torch.zeros_like(affinities[0, region]).scatter(0, routes[0, region], affinities[0, region]).unflatten(0, self.region_grid)
 
     def spread(self, weights: Tensor, image: int = 0) -> Tensor:
-        below, right = (n - m for n, m in zip(self.padded, self.size, strict=True))
-        found = self._routed(F.pad(weights, (0, right, 0, below))[None, :, :, None], image)
+        found = self._routed(self._fill(weights)[None, :, :, None], image)
         return merge(found, self.region_grid, self.padded)[:, : self.size[0], : self.size[1], 0]
+
+    def _fill(self, weights: Tensor) -> Tensor:
+        """Weights on the padded map, for those of the map, or of the padded one already."""
+        below, right = (n - m for n, m in zip(self.padded, weights.shape, strict=True))
+        return F.pad(weights, (0, right, 0, below))
 
     def _routed(self, weights: Tensor, image: int) -> Tensor:
         """Weights (heads, R, T, E) on the pixels of all regions, for E weights of the queries on a map (1, h, w, E)."""
@@ -269,8 +273,7 @@ class AgentTrace(RoutingTrace, PointTrace):
     """Deformable bi-level routing: pixels to agents, and these to the pixels of their routed regions."""
 
     def spread(self, weights: Tensor, image: int = 0) -> Tensor:
-        below, right = (n - m for n, m in zip(self.padded, self.size, strict=True))
-        on_agents = self._on_points(F.pad(weights, (0, right, 0, below)), image)
+        on_agents = self._on_points(self._fill(weights), image)
         queries = on_agents.T.unflatten(0, self._padded_agents)[None]
         found = self._routed(queries, image).mean(0)[None]  # the heads of the agents are mixed before the pixels listen to them
         return merge(found, self.region_grid, self.padded)[0, : self.size[0], : self.size[1]].permute(2, 0, 1)
@@ -287,8 +290,7 @@ class AgentTrace(RoutingTrace, PointTrace):
 
     def _on_grid(self, weights: Tensor, image: int) -> Tensor:
         height, width = self.agents
-        below, right = (n - m for n, m in zip(self.padded, weights.shape, strict=True))
-        return self._on_points(F.pad(weights, (0, right, 0, below)), image).unflatten(1, self._padded_agents)[:, :height, :width]
+        return self._on_points(self._fill(weights), image).unflatten(1, self._padded_agents)[:, :height, :width]
 
     @property
     def agents(self) -> tuple[int, int]:

@@ -42,14 +42,14 @@ class Look:
             raise ValueError(f"block {block} of stage {stage} is none of {', '.join(map(str, blocks))}")
         return self.traces[stage, block]
 
-    def stage(self, stage: int) -> dict[str, Trace]:
+    def stage(self, stage: int) -> dict[tuple[int, int], Trace]:
         """The attention layers of a stage, in order, as `rollout` takes them.
 
         Raises:
             ValueError: If there is no such stage.
         """
         self.trace(stage, 1)
-        return {trace.name: trace for (of, _), trace in self.traces.items() if of == stage}
+        return {place: trace for place, trace in self.traces.items() if place[0] == stage}
 
     def pixel(self, trace: Trace, x: float, y: float) -> tuple[int, int]:
         """Row and column of the map's pixel that a place of the image falls on.

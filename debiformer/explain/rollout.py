@@ -1,6 +1,7 @@
 """Attention rollout: what reaches the last map from where, through the attention of all layers (Abnar & Zuidema, ACL 2020)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from .attention import Trace, uniform
 
 
-def rollout(traces: Mapping[str, Trace], weights: Tensor | None = None, image: int = 0, residual: float = 0.5) -> Tensor:
+def rollout(traces: Mapping[Any, Trace], weights: Tensor | None = None, image: int = 0, residual: float = 0.5) -> Tensor:
     """How much each pixel (H, W) of the first traced map gives to the last one, through all layers in between; it sums to the weights' sum.
 
     Going back layer by layer, weights w become residual * w + (1 - residual) * A^T w, where A is the attention averaged over heads, and the
@@ -16,7 +17,7 @@ def rollout(traces: Mapping[str, Trace], weights: Tensor | None = None, image: i
     Feed-forwards, convolutions and values are left out, as in all rollouts: it says where information can come from, not what it is worth.
 
     Args:
-        traces: As `tracing` gives them, in the order of execution.
+        traces: In the order of execution, as `tracing` and `Look` have them; their names do not matter.
         weights: Of the last map's pixels (h, w); None for all alike, as in front of a classifier that averages.
         image: Of the batch.
         residual: From 0 to 1.

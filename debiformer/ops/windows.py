@@ -1,11 +1,9 @@
 """A map cut into windows of a fixed size, or by a grid that spans all of it, and the attention inside."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .chunks import is_compiling
 from .grouped_attention import grouped_attention
 from .observation import report
 from .regions import Grid, crop, merge, pad_to_grid, padded_size, partition, region_size
@@ -21,29 +19,25 @@ def cut_windows(x: Tensor, window: Grid, shift: Grid = UNSHIFTED) -> Tensor:
         window: Height and width of a window, with T pixels.
         shift: Row and column that the first whole window begins at. What lies before it shares windows with what is left at the end.
     """
-    size = x.shape[1], x.shape[2]
-    grid, (height, width) = _window_grid(window, size)
-    if not _fits(window, size):
-        x = F.pad(x.contiguous() if is_compiling() else x, (0, 0, 0, width - size[1], 0, height - size[0]))  # as `pad_to_grid`
-    return partition(x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x, grid)
+    x = pad_to_grid(x, window)  # to a multiple of windows, rather than of regions
+    return partition(x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x, _windows_of(window, (x.shape[1], x.shape[2])))
 
 
 def lay_windows(windows: Tensor, window: Grid, size: tuple[int, int], shift: Grid = UNSHIFTED) -> Tensor:
     """Lay windows (B, N, T, C) back into a map (B, H, W, C) of the given height and width; undoes `cut_windows`."""
-    grid, padded = _window_grid(window, size)
-    x = merge(windows, grid, padded)
+    padded = padded_size(window, size)
+    x = merge(windows, _windows_of(window, padded), padded)
     return crop(x.roll(shift, (1, 2)) if any(shift) else x, *size)
 
 
-def _window_grid(window: Grid, size: tuple[int, int]) -> tuple[Grid, tuple[int, int]]:
-    """Rows and columns of windows over a map, and the height and width that they cover."""
-    rows, cols = (-(-n // extent) for n, extent in zip(size, window, strict=True))
-    return (rows, cols), (rows * window[0], cols * window[1])
+def _windows_of(window: Grid, padded: tuple[int, int]) -> Grid:
+    """Rows and columns of windows over a padded map."""
+    return padded[0] // window[0], padded[1] // window[1]
 
 
-def _fits(window: Grid, size: tuple[int, int]) -> bool:
-    """Whether windows are known to cover a map and nothing else; a graph for every size does not know."""
-    return all(statically_known_true(n % extent == 0) for n, extent in zip(size, window, strict=True))
+def _divides(parts: Grid, size: tuple[int, int]) -> bool:
+    """Whether a window, or a grid, is known to divide a map; a graph for every size does not know."""
+    return all(statically_known_true(n % part == 0) for n, part in zip(size, parts, strict=True))
 
 
 def window_attention(
@@ -71,7 +65,7 @@ def window_attention(
     report("window_attention", q=q, k=k, v=v, window=window, num_heads=num_heads, shift=shift, bias=bias)
     size = q.shape[1], q.shape[2]
     labels = None
-    if any(shift) or not _fits(window, size):  # cut windows share one with others, or with what is no pixel
+    if any(shift) or not _divides(window, size):  # cut windows share one with others, or with what is no pixel
         labels = cut_windows(_sides(size, shift, q.device), window, shift)[0, :, :, 0]
     q, k, v = (cut_windows(x, window, shift) for x in (q, k, v))
     return lay_windows(grouped_attention(q, k, v, num_heads, bias=bias, labels=labels), window, size, shift)
@@ -104,16 +98,13 @@ def grid_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, num_heads: int, 
         raise ValueError(f"num_heads={num_heads} does not divide the {q.shape[3]} channels")
     report("grid_attention", q=q, k=k, v=v, grid=grid, num_heads=num_heads, bias=bias)
     size = q.shape[1], q.shape[2]
-    padded = padded_size(grid, size)
-
-    cell = region_size(grid, padded)
+    cell = region_size(grid, padded_size(grid, size))
 
     def cut(x: Tensor) -> Tensor:
         x = pad_to_grid(x, grid).unflatten(2, (grid[1], cell[1])).unflatten(1, (grid[0], cell[0]))
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)  # (B, places in a cell, cells, C)
 
-    fits = all(statically_known_true(n % count == 0) for n, count in zip(size, grid, strict=True))
-    labels = None if fits else cut(torch.ones(1, *size, 1, device=q.device))[0, :, :, 0]
+    labels = None if _divides(grid, size) else cut(torch.ones(1, *size, 1, device=q.device))[0, :, :, 0]
     out = grouped_attention(cut(q), cut(k), cut(v), num_heads, bias=bias, labels=labels)
     x = out.unflatten(2, grid).unflatten(1, cell).permute(0, 3, 1, 4, 2, 5).flatten(3, 4).flatten(1, 2)
     return crop(x, *size)
