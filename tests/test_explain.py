@@ -101,7 +101,7 @@ def test_places_are_those_that_the_crop_keeps(classifier):
         (["--stage", 4, "--block", 2], "block 2 of stage 4 is none of 1"),
         (["--head", 7], "head 7 is not one of the 1 of stages.0.blocks.1.mixer, from 0 on"),
         (["--query", "140,0"], "query 140,0 is not on the image, which is 140 wide and 90 high"),
-        (["--label", "d"], "--label d: the model knows no such class; choose from a, b, c"),
+        (["--label", "d"], "class d: the model knows no such class; choose from a, b, c"),
     ],
 )
 def test_what_is_not_there_is_named(given, message, classifier, picture, tmp_path, capsys):

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1]
 EXTRAS = {
     "train": ("lightning", "jsonargparse", "torchmetrics", "tensorboard", "rich", "faster_coco_eval"),
     "explain": ("matplotlib", "pytorch_grad_cam"),
+    "app": ("gradio",),
 }
 
 
@@ -36,6 +37,7 @@ COMMANDS = {
     "test": Command("evaluate a checkpoint on the test images", "training:test", ("train",)),
     "predict": Command("labels, masks or boxes for images, with a checkpoint", "prediction:run", ("train",)),
     "explain": Command("show where a checkpoint looks in an image: --checkpoint CKPT IMAGE", "explaining:run", ("train", "explain")),
+    "app": Command("explore in a browser where checkpoints look: [CKPT ...]", "exploring:run", ("train", "explain", "app")),
     "average": Command("average the weights of checkpoints: CKPT CKPT... --output FILE.ckpt", "average:run", ("train",)),
     "share": Command("a checkpoint as a folder for timm and the Hugging Face Hub: CKPT FOLDER", "share:run", ("train",)),
     "models": Command("list the presets with their parameters and MACs", "models:run"),

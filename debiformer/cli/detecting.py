@@ -14,7 +14,7 @@ from ..models.detector import Boxes
 from ..tasks.detection import DetectionTask
 from ..tasks.prediction import load_task
 from .labelling import shown
-from .pictures import each, find, normalized, parser_for, write
+from .pictures import each, find, parser_for, write
 from .reporting import check_folder
 
 
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
         file.write('{"annotations": [')  # one after the other: they need not fit into memory
         count = 0
         for path, name, image in each(names):
-            found = detect(task, normalized(task, image), options.min_score)
+            found = detect(task, task.normalized(image), options.min_score)
             images.append(dict(id=len(images) + 1, file_name=shown(path), width=image.width, height=image.height))
             for row in rows(found, len(images)):
                 count += 1

@@ -6,15 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from PIL.Image import Image
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..data.images import UnreadableImage, find_images, read_image
-from ..tasks.dense import DenseTask
 from .labelling import device, shown
 
 
@@ -62,12 +58,6 @@ def each(names: dict[Path, Path]) -> Iterator[tuple[Path, Path, Image]]:
         yield file, name, image
     if failed:
         console.print(f"{failed} of {len(names)} files could not be read")
-
-
-def normalized(task: DenseTask, image: Image) -> Tensor:
-    """An image as a task's model takes it: (3, H, W), on its device."""
-    mean, std = (torch.tensor(task.hparams[name], device=task.device).view(3, 1, 1) for name in ("mean", "std"))
-    return pil_to_tensor(image).to(task.device).float().div_(255).sub_(mean).div_(std)
 
 
 def write(picture: Image, folder: Path, name: Path, suffix: str) -> None:

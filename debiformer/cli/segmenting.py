@@ -7,7 +7,7 @@ from typing import Any
 from ..data.masks import overlay, paint
 from ..tasks.prediction import load_task
 from ..tasks.segmentation import SegmentationTask
-from .pictures import each, find, normalized, parser_for, write
+from .pictures import each, find, parser_for, write
 from .reporting import check_folder
 
 
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> int:
     check_folder(options.output)
     done = 0
     for _, name, image in each(names):
-        mask = task.segment(normalized(task, image)).cpu().numpy()
+        mask = task.segment(task.normalized(image)).cpu().numpy()
         write(paint(mask, task.hparams["palette"]), options.output / "masks", name, ".png")
         if options.draw:
             write(overlay(image, mask, task.hparams["palette"]), options.output / "pictures", name, ".jpg")

@@ -48,7 +48,7 @@ def pixel(trace: Trace, query: tuple[float, float]) -> tuple[int, int]:
 def show(axes: Axes, image: Image, fade: float = 0.0) -> None:
     """The image without ticks, washed out by `fade` from 0 to 1."""
     pixels = np.asarray(image.convert("RGB")) / 255
-    axes.imshow(pixels * (1 - fade) + fade, extent=(0, 1, 1, 0), interpolation="bicubic")
+    axes.imshow(pixels * (1 - fade) + fade, extent=(0, 1, 1, 0), aspect=image.height / image.width, interpolation="bicubic")
     axes.set_xticks([])
     axes.set_yticks([])
 

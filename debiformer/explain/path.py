@@ -1,6 +1,7 @@
 """The path of one query, from its pixel through points and regions to the pixels that it hears of in the end."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +14,24 @@ from .attention import RoutingTrace, Trace
 from .figures import COLOURS, QUERY, show
 from .look import Look
 
+# For readers who have not read the papers.
+STAR = "The star is the pixel that you ask about; the layer sees it as part of the square."
+POINTS = "The pixel listens to these points, which moved to where there is something to see: the larger, the more."
+REGIONS = "It looks into a few regions of the image only: bright ones answer its own region (dashed) well, the outlined ones are taken."
+AGENTS_REGIONS = "Each point looks into a few regions: bright ones answer those of the dashed region well, the outlined ones are taken."
+ENDS = "What the pixel takes in the end, and from where: the brighter, the more."
 
-def path_figure(look: Look, stage: int, block: int, x: float, y: float, head: int | None = None) -> Figure:
-    """How a query at (x, y), in pixels of the image, reaches other pixels in a layer: a panel for each step, with a line on what it shows.
+
+class Panel(NamedTuple):
+    """One picture of several: a short title, a sentence for readers who are new to it, and what draws it on axes."""
+
+    title: str
+    sentence: str
+    draw: Callable[[Axes], None]
+
+
+def path_panels(look: Look, stage: int, block: int, x: float, y: float, head: int | None = None) -> list[Panel]:
+    """How a query at (x, y), in pixels of the image, reaches other pixels in a layer, a panel for each step.
 
     Args:
         look: What the model did with the image.
@@ -30,24 +46,39 @@ def path_figure(look: Look, stage: int, block: int, x: float, y: float, head: in
     """
     trace = look.trace(stage, block)
     row, column = look.pixel(trace, x, y)
-    points = trace.has_points
-    steps = [("the query ★, and its pixel of the map", draw_query)]
+    points, regions = trace.has_points, isinstance(trace, RoutingTrace)
+    steps: list[tuple[str, str, Callable[..., None]]] = [("the query ★, and its pixel of the map", STAR, draw_query)]
     if points:
-        steps.append(("the points that it listens to:\nthe larger, the more", draw_heard))
-    if isinstance(trace, RoutingTrace):
-        steps.append(
-            ("regions that the agents of its\nown region are routed to" if points else "regions that it is routed to", draw_regions)
-        )
-    steps.append(("where its attention ends up,\nthrough all points" if points else "where its attention ends up", draw_reached))
-    figure = Figure(figsize=(3.1 * len(steps), 4.2), layout="constrained")
-    for axes, (title, draw) in zip(figure.subplots(1, len(steps)), steps, strict=True):
-        draw(axes, look, trace, row, column, head)
-        axes.plot(x / look.image.width, y / look.image.height, **QUERY)
-        axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
-        axes.set_title(title, fontsize=10)
+        steps.append(("the points that it listens to:\nthe larger, the more", POINTS, draw_heard))
+    if points and regions:
+        steps.append(("regions that the agents of its\nown region are routed to", AGENTS_REGIONS, draw_regions))
+    elif regions:
+        steps.append(("regions that it is routed to", REGIONS, draw_regions))
+    through = ",\nthrough all points" if points else ""
+    steps.append((f"where its attention ends up{through}", ENDS, draw_reached))
+
+    def drawn(draw: Callable[..., None]) -> Callable[[Axes], None]:
+        def on(axes: Axes) -> None:
+            draw(axes, look, trace, row, column, head)
+            axes.plot(x / look.image.width, y / look.image.height, **QUERY)
+            axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
+
+        return on
+
+    return [Panel(title, sentence, drawn(draw)) for title, sentence, draw in steps]
+
+
+def path_figure(look: Look, stage: int, block: int, x: float, y: float, head: int | None = None) -> Figure:
+    """The panels of `path_panels` side by side, whose arguments and errors it has."""
+    panels = path_panels(look, stage, block, x, y, head)
+    trace = look.trace(stage, block)
+    figure = Figure(figsize=(3.1 * len(panels), 4.2), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        panel.draw(axes)
+        axes.set_title(panel.title, fontsize=10)
     of = "all heads averaged" if head is None else f"head {head}"
     keys = {
-        "points of a colour share an offset group": points,
+        "points of a colour share an offset group": trace.has_points,
         "dashed: its own region; yellow: regions that answer it well": isinstance(trace, RoutingTrace),
         "brightness is relative to the brightest": True,
     }
@@ -89,7 +120,8 @@ def draw_regions(axes: Axes, look: Look, trace: Trace, row: int, column: int, he
     (height, width), (h, w), cols = trace.size, trace.region_size, trace.region_grid[1]
     across, down = width * look.covered[1], height * look.covered[0]
     rows = trace.region_grid[0]
-    axes.imshow(affinities, cmap="cividis", alpha=0.45, extent=(0, cols * w / across, rows * h / down, 0), interpolation="nearest")
+    extent = (0, cols * w / across, rows * h / down, 0)
+    axes.imshow(affinities, cmap="cividis", alpha=0.45, extent=extent, aspect=axes.get_aspect(), interpolation="nearest")
     for region in (*trace.routes(row, column), trace.region(row, column)):
         own = region == trace.region(row, column)
         style: dict[str, Any] = (
@@ -112,9 +144,8 @@ def heat(axes: Axes, look: Look, weights: Tensor) -> None:
     """Weights (H, W) over the image in grey, relative to their peak."""
     show(axes, look.image.convert("L"), fade=0.25)
     values = weights.float().cpu().numpy()
-    axes.imshow(
-        values / max(values.max(), np.finfo(np.float32).tiny), cmap="inferno", alpha=0.62, extent=(0, 1, 1, 0), interpolation="bicubic"
-    )
+    relative = values / max(values.max(), np.finfo(np.float32).tiny)
+    axes.imshow(relative, cmap="inferno", alpha=0.62, extent=(0, 1, 1, 0), aspect=axes.get_aspect(), interpolation="bicubic")
 
 
 def star(axes: Axes, look: Look, trace: Trace, row: int, column: int) -> None:

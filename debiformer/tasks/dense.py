@@ -1,9 +1,12 @@
-"""What the tasks on whole images share: their schedules, counted in updates or with steps."""
+"""What the tasks on whole images share: how an image is given to them, and their schedules, counted in updates or with steps."""
 
 import torch
+from PIL.Image import Image
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.poly_lr import PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..nearest import did_you_mean
 from .base import BaseTask
@@ -14,8 +17,13 @@ SCHEDULES = ("cosine", "poly", "step")
 class DenseTask(BaseTask):
     """A task whose schedule is a cosine, a polynomial or steps, behind a warm-up that is counted in updates.
 
-    A subclass has schedule, power, milestones and warmup_steps among its arguments, besides those of `BaseTask`.
+    A subclass has mean, std, schedule, power, milestones and warmup_steps among its arguments, besides those of `BaseTask`.
     """
+
+    def normalized(self, image: Image) -> Tensor:
+        """An image as the model takes it, (3, H, W), on its device."""
+        mean, std = (torch.tensor(self.hparams[name], device=self.device).view(3, 1, 1) for name in ("mean", "std"))
+        return pil_to_tensor(image).to(self.device).float().div_(255).sub_(mean).div_(std)
 
     def check_hyperparameters(self) -> None:
         """Raise a ValueError that names the first optimizer or schedule argument that cannot work."""
