@@ -43,7 +43,7 @@ class Page:
         self.names, self.pictures = list(explorer.sources), [str(file) for file in bundled()]
         with gr.Blocks(title="DeBiFormer explorer", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as self.blocks:
             gr.Markdown(INTRODUCTION)
-            self.file = gr.State(self.pictures[0])
+            self.file, self.size = gr.State(), gr.State()
             with gr.Row():
                 with gr.Column(scale=1, min_width=300):
                     self._lay_out_pictures()
@@ -94,14 +94,18 @@ class Page:
         asked: set[Any] = {self.file, self.model, self.other, self.x, self.y, *layer, *evidence_choice}
         show: dict[str, Any] = dict(fn=self.show, inputs=asked, outputs=[self.picture, self.results, self.saved], **ONE_BY_ONE)
         show |= dict(show_progress_on=self.results)
-        renewed: dict[str, Any] = dict(outputs=[self.file, self.x, self.y, *layer, self.label, self.weighed], show_progress="hidden")
+        renewed: dict[str, Any] = dict(
+            outputs=[self.file, self.size, self.x, self.y, *layer, self.label, self.weighed], show_progress="hidden"
+        )
         renewed |= ONE_BY_ONE
 
         self.blocks.load(self.begin, asked, **renewed).success(**show)
         self.upload.upload(self.uploaded, asked | {self.upload}, **renewed).success(**show)
-        self.samples.select(self.sampled, asked, **renewed).success(**show)
+        # "always_last" would bring the last click with the place of an earlier one.
+        self.samples.select(self.sampled, asked, **renewed | dict(trigger_mode="multiple")).success(**show)
         gr.on([c.input for c in (self.model, self.other, self.stage, self.block)], self.offered, asked, **renewed).success(**show)
-        self.picture.select(self.clicked, self.file, [self.x, self.y], show_progress="hidden", **ONE_BY_ONE).success(**show)
+        clicks: dict[str, Any] = ONE_BY_ONE | dict(concurrency_id="clicks", trigger_mode="multiple", show_progress="hidden")
+        self.picture.select(self.clicked, self.size, [self.x, self.y], **clicks).success(**show)
         gr.on([self.go.click, self.x.submit, self.y.submit, self.head.input, *(c.input for c in evidence_choice)], **show)
         self.save.click(self.write, asked, self.saved, **ONE_BY_ONE)
 
@@ -121,7 +125,8 @@ class Page:
         """Take a picture, with its centre for a query, and offer the layers that there are for it."""
         with told():
             width, height = self.explorer.picture(file).size
-        return {self.file: file, self.x: width // 2, self.y: height // 2} | self.offered(asked | {self.file: file})
+        of_picture = {self.file: file, self.size: (width, height), self.x: width // 2, self.y: height // 2}
+        return of_picture | self.offered(asked | {self.file: file})
 
     def offered(self, asked: Asked) -> Asked:
         """The layers, heads and classes that there are, with those that were chosen where they still are."""
@@ -147,12 +152,10 @@ class Page:
             },
         }
 
-    def clicked(self, file: str, event: gr.SelectData) -> tuple[int, int]:
-        """The pixel of a picture under a click on it as it is shown."""
-        with told():
-            image = self.explorer.picture(file)
-        factor = SHOWN / max(image.size)
-        x, y = (min(int(at / factor), side - 1) for at, side in zip(event.index, image.size, strict=True))
+    def clicked(self, size: tuple[int, int], event: gr.SelectData) -> tuple[int, int]:
+        """The pixel of a picture of this width and height under a click on it as it is shown."""
+        factor = SHOWN / max(size)
+        x, y = (min(int(at / factor), side - 1) for at, side in zip(event.index, size, strict=True))
         return x, y
 
     def show(self, asked: Asked, progress: Any = gr.Progress()) -> Iterator[Asked]:  # noqa: B008
