@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test thorough check docs timm-tests clean
+.PHONY: quickstart test thorough check browser docs timm-tests clean
 
 quickstart: $(VENV)/usable ## train, test and explain a small model on bundled images
 	$(BIN)/debiformer quickstart
 
-test: check ## style, types and tests
+test: check browser ## style, types and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 10
 
 thorough: $(VENV)/ready ## further cases of kernels and compiled models, a minute each
@@ -18,6 +18,12 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# One that is there, or playwright's own, or as root that of the system.
+browser: $(VENV)/ready ## a Chromium for the tests of the explorer
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } > /dev/null || timeout 300 $(BIN)/playwright install chromium \
+	|| (test "$$(id -u)" = 0 && apt-get -qq update && apt-get -qq install -y chromium > /dev/null) \
+	|| echo "No Chromium could be installed: the tests of the explorer in a browser are skipped."
 
 docs: $(VENV)/ready ## the pages, into site/
 	$(BIN)/pip install -q -e ".[docs]"
@@ -29,7 +35,7 @@ timm-tests: $(VENV)/ready ## timm's own tests on our presets: make timm-tests TI
 $(VENV)/usable: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -e ".[train,explain]"
+	$(BIN)/pip install -q -e ".[train,explain,app]"
 	touch $@
 
 $(VENV)/ready: $(VENV)/usable

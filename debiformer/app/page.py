@@ -15,13 +15,14 @@ from ..explain.evidence import Evidence, arrays, evidence, evidence_figure, evid
 from ..explain.grad_cam import METHODS
 from ..explain.path import path_figure, path_panels
 from ..explain.views import View
-from .explorer import LONG_SIDE, Explorer, bundled
+from .explorer import Explorer, bundled
 from .panels import STYLE, Section, drawn
 
 UPLOAD = "20mb"  # at most
 WAITING = 32  # requests at most
 SESSIONS = 100  # visitors whose choices are kept
 KEPT = 3600  # seconds that uploads and what is made of them stay on the disk
+HIGH = 150  # pixels of what the page begins with
 SHOWN = 640  # pixels of the longer side of the picture on the page
 NOTHING, FOUND, ALL = "nothing", "what the model finds", "all, averaged"
 INTRODUCTION = """# Where does the model look?
@@ -45,47 +46,45 @@ class Page:
             gr.Markdown(INTRODUCTION)
             self.file, self.size = gr.State(), gr.State()
             with gr.Row():
+                self._lay_out_sources()
+            with gr.Row():
                 with gr.Column(scale=1, min_width=300):
-                    self._lay_out_pictures()
+                    self._lay_out_picture()
                 with gr.Column(scale=3, min_width=300):
                     self._lay_out_results()
             self._wire()
 
-    def _lay_out_pictures(self) -> None:
-        self.model = gr.Dropdown(self.names, value=self.names[0], label="Model", elem_id="model")
-        self.other = gr.Dropdown([NOTHING, *self.names], value=NOTHING, label="Compare with", elem_id="other")
-        self.picture = gr.Image(
-            label="Click anywhere", interactive=False, buttons=[], elem_id="picture", alt_text="The picture to click on"
+    def _lay_out_sources(self) -> None:
+        with gr.Column(scale=1, min_width=260):
+            self.model = gr.Dropdown(self.names, value=self.names[0], label="Model", elem_id="model")
+            self.other = gr.Dropdown([NOTHING, *self.names], value=NOTHING, label="Compare with", elem_id="other")
+        self.upload = gr.File(
+            label=f"Your own picture (up to {UPLOAD.upper()})", file_types=["image"], height=HIGH, min_width=260, elem_id="upload"
         )
+        still: dict[str, Any] = dict(allow_preview=False, interactive=False, buttons=[])
+        samples: dict[str, Any] = dict(label="Or one of these", columns=len(self.pictures), height=HIGH, min_width=260, elem_id="samples")
+        self.samples = gr.Gallery(self.pictures, **samples, **still)
+
+    def _lay_out_picture(self) -> None:
+        self.picture = gr.Image(label="Click anywhere", interactive=False, buttons=[], elem_id="picture", alt_text="To click on")
         with gr.Row():
             self.x, self.y = (
                 gr.Number(label=label, precision=0, minimum=0, min_width=80, elem_id=name)
                 for name, label in {"x": "x, from the left", "y": "y, from the top"}.items()
             )
             self.go = gr.Button("Show this pixel", min_width=100, elem_id="go")
-        limit = f"Your own picture, up to {UPLOAD.upper()}; the models see it at {LONG_SIDE} pixels at most"
-        self.upload = gr.File(label=limit, file_types=["image"], height=130, elem_id="upload")
-        self.samples = gr.Gallery(
-            self.pictures,
-            label="Or one of these",
-            columns=5,
-            height="auto",
-            allow_preview=False,
-            buttons=[],
-            interactive=False,
-            elem_id="samples",
-        )
 
     def _lay_out_results(self) -> None:
         with gr.Row():
             self.stage = gr.Dropdown(label="Stage, from fine to coarse", min_width=120, elem_id="stage")
             self.block = gr.Dropdown(label="Block in the stage", min_width=120, elem_id="block")
             self.head = gr.Dropdown(label="Attention head", min_width=120, elem_id="head")
+        self.progress = gr.HTML(elem_id="progress", min_height=32)  # apart from the results, which it would cover
+        self.results = gr.HTML(elem_id="results", min_height=300, padding=False)
         with gr.Accordion("Evidence: for which class, and how it is found", open=False), gr.Row():
             self.label = gr.Dropdown(label="Class", min_width=160, elem_id="label")
             self.method = gr.Dropdown(list(METHODS), value="grad_cam", label="Method", min_width=160, elem_id="method")
             self.weighed = gr.Dropdown(label="By the map of", min_width=160, elem_id="weighed")
-        self.results = gr.HTML(elem_id="results", min_height=320)
         self.save = gr.Button("Make a file of the figures and arrays", elem_id="save")
         self.saved = gr.File(label="Figures and arrays", interactive=False, visible=False, elem_id="saved")
 
@@ -93,7 +92,7 @@ class Page:
         layer, evidence_choice = [self.stage, self.block, self.head], [self.label, self.method, self.weighed]
         asked: set[Any] = {self.file, self.model, self.other, self.x, self.y, *layer, *evidence_choice}
         show: dict[str, Any] = dict(fn=self.show, inputs=asked, outputs=[self.picture, self.results, self.saved], **ONE_BY_ONE)
-        show |= dict(show_progress_on=self.results)
+        show |= dict(show_progress_on=self.progress)
         renewed: dict[str, Any] = dict(
             outputs=[self.file, self.size, self.x, self.y, *layer, self.label, self.weighed], show_progress="hidden"
         )
@@ -103,10 +102,11 @@ class Page:
         self.upload.upload(self.uploaded, asked | {self.upload}, **renewed).success(**show)
         # "always_last" would bring the last click with the place of an earlier one.
         self.samples.select(self.sampled, asked, **renewed | dict(trigger_mode="multiple")).success(**show)
-        gr.on([c.input for c in (self.model, self.other, self.stage, self.block)], self.offered, asked, **renewed).success(**show)
+        # A menu's "select", for its "input" comes twice.
+        gr.on([c.select for c in (self.model, self.other, self.stage, self.block)], self.offered, asked, **renewed).success(**show)
         clicks: dict[str, Any] = ONE_BY_ONE | dict(concurrency_id="clicks", trigger_mode="multiple", show_progress="hidden")
         self.picture.select(self.clicked, self.size, [self.x, self.y], **clicks).success(**show)
-        gr.on([self.go.click, self.x.submit, self.y.submit, self.head.input, *(c.input for c in evidence_choice)], **show)
+        gr.on([self.go.click, self.x.submit, self.y.submit, self.head.select, *(c.select for c in evidence_choice)], **show)
         self.save.click(self.write, asked, self.saved, **ONE_BY_ONE)
 
     def begin(self, asked: Asked) -> Asked:

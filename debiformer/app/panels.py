@@ -21,6 +21,10 @@ STYLE = """
 .shares li { display: grid; grid-template-columns: minmax(0, 10rem) 1fr 3.5rem; gap: 0.6rem; align-items: center; overflow-wrap: anywhere; }
 .shares meter { width: 100%; height: 1rem; }
 .shares span:last-child { text-align: right; }
+#samples .grid-wrap { padding-top: 2rem; }
+#samples .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 0.4rem; }
+#samples .gallery-item, #samples .thumbnail-item { width: 100%; min-width: 0; height: auto; aspect-ratio: 1; }
+#progress { min-height: 2rem; padding: 0; }
 h2.model { font-size: 1.15rem; margin: 0.75rem 0 0.25rem; overflow-wrap: anywhere; }
 """
 SHARES = 8  # lines at most

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ def run(arguments: list[str]) -> int:
         OSError: If the port is taken.
     """
     options = parse(arguments)
+    check_port(options.port)
     checkpoints = options.checkpoints or latest_runs()
     explorer = Explorer(sources(checkpoints, options.device))
     for name in [*explorer.sources][: max(len(options.checkpoints), 1)]:
@@ -53,6 +55,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--browser", action="store_true", help="open the page in a browser")
     parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     return parser.parse_args(arguments)
+
+
+def check_port(port: int) -> None:
+    """Raise an OSError unless the port can be served at."""
+    try:
+        with socket.create_server((ADDRESS, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--port {port} of {ADDRESS} cannot be used: {error}; give another") from error
 
 
 def latest_runs() -> list[str]:

@@ -105,6 +105,7 @@ def next_steps(console: Console, folder: Path, figure: Path) -> None:
     console.print(f"\nLook at   {figure}", soft_wrap=True)
     console.print("\nNext:", soft_wrap=True)
     for command in (
+        f"debiformer app {best}",
         f"debiformer predict --checkpoint {best} {SAMPLE / 'test' / 'wbc'}",
         "debiformer fit --config image_folder --data.root YOUR_FOLDER_OF_CLASS_FOLDERS",
         "debiformer models",
