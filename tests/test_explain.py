@@ -46,7 +46,7 @@ def test_classification(classifier, picture, tmp_path, capsys):
     assert {*arrays} == ARRAYS | {"points", "reference_points", "heard"}
     assert arrays["attention"].sum() == pytest.approx(1, abs=1e-4)
     assert arrays["grad_cam"].shape == (64, 64)
-    assert "by the 2x2 map of stage 4" in said
+    assert "by the 4x4 map of stage 3" in said  # the last one that tells places apart
     assert arrays["heard"].shape == arrays["points"].shape[1:3]
     for name in ("attention.png", "evidence.png"):
         with Image.open(out / name) as figure:

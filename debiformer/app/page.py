@@ -44,7 +44,7 @@ class Page:
         self.names, self.pictures = list(explorer.sources), [str(file) for file in bundled()]
         with gr.Blocks(title="DeBiFormer explorer", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as self.blocks:
             gr.Markdown(INTRODUCTION)
-            self.file, self.size = gr.State(), gr.State()
+            self.file, self.size, self.shown = gr.State(), gr.State(), gr.State()
             with gr.Row():
                 self._lay_out_sources()
             with gr.Row():
@@ -90,8 +90,8 @@ class Page:
 
     def _wire(self) -> None:
         layer, evidence_choice = [self.stage, self.block, self.head], [self.label, self.method, self.weighed]
-        asked: set[Any] = {self.file, self.model, self.other, self.x, self.y, *layer, *evidence_choice}
-        show: dict[str, Any] = dict(fn=self.show, inputs=asked, outputs=[self.picture, self.results, self.saved], **ONE_BY_ONE)
+        asked: set[Any] = {self.file, self.shown, self.model, self.other, self.x, self.y, *layer, *evidence_choice}
+        show: dict[str, Any] = dict(fn=self.show, inputs=asked, outputs=[self.picture, self.results, self.saved, self.shown], **ONE_BY_ONE)
         show |= dict(show_progress_on=self.progress)
         renewed: dict[str, Any] = dict(
             outputs=[self.file, self.size, self.x, self.y, *layer, self.label, self.weighed], show_progress="hidden"
@@ -102,11 +102,10 @@ class Page:
         self.upload.upload(self.uploaded, asked | {self.upload}, **renewed).success(**show)
         # "always_last" would bring the last click with the place of an earlier one.
         self.samples.select(self.sampled, asked, **renewed | dict(trigger_mode="multiple")).success(**show)
-        # A menu's "select", for its "input" comes twice.
-        gr.on([c.select for c in (self.model, self.other, self.stage, self.block)], self.offered, asked, **renewed).success(**show)
+        gr.on([c.input for c in (self.model, self.other, self.stage, self.block)], self.offered, asked, **renewed).success(**show)
         clicks: dict[str, Any] = ONE_BY_ONE | dict(concurrency_id="clicks", trigger_mode="multiple", show_progress="hidden")
         self.picture.select(self.clicked, self.size, [self.x, self.y], **clicks).success(**show)
-        gr.on([self.go.click, self.x.submit, self.y.submit, self.head.select, *(c.select for c in evidence_choice)], **show)
+        gr.on([self.go.click, self.x.submit, self.y.submit, self.head.input, *(c.input for c in evidence_choice)], **show)
         self.save.click(self.write, asked, self.saved, **ONE_BY_ONE)
 
     def begin(self, asked: Asked) -> Asked:
@@ -161,6 +160,10 @@ class Page:
     def show(self, asked: Asked, progress: Any = gr.Progress()) -> Iterator[Asked]:  # noqa: B008
         """The query on the picture, then its path through each model, then the evidence."""
         names, file = self.chosen(asked), asked[self.file]
+        shown = tuple(value for control, value in asked.items() if control is not self.shown)
+        if shown == asked[self.shown]:  # a menu tells of a choice twice
+            yield {}
+            return
         with told():
             yield {self.picture: marked(self.explorer.picture(file), asked[self.x], asked[self.y]), self.saved: gr.File(visible=False)}
             sections: dict[str, Section] = {}
@@ -183,7 +186,7 @@ class Page:
                     sections[name].note = f"No evidence to show: {error}."
                 else:
                     sections[name].evidence = [drawn(panel) for panel in evidence_panels(view, found)]
-            yield {self.results: "".join(part.html() for part in sections.values())}
+            yield {self.results: "".join(part.html() for part in sections.values()), self.shown: shown}
 
     def write(self, asked: Asked) -> Iterator[Asked]:
         """The figures and arrays of each model in one file."""
