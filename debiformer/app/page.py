@@ -103,8 +103,9 @@ class Page:
         # "always_last" would bring the last click with the place of an earlier one.
         self.samples.select(self.sampled, asked, **renewed | dict(trigger_mode="multiple")).success(**show)
         gr.on([c.input for c in (self.model, self.other, self.stage, self.block)], self.offered, asked, **renewed).success(**show)
-        clicks: dict[str, Any] = ONE_BY_ONE | dict(concurrency_id="clicks", trigger_mode="multiple", show_progress="hidden")
-        self.picture.select(self.clicked, self.size, [self.x, self.y], **clicks).success(**show)
+        # Past the queue, whose stream of answers may lose one to clicks that follow each other closely.
+        at_once: dict[str, Any] = dict(queue=False, trigger_mode="multiple", show_progress="hidden", api_visibility="private")
+        self.picture.select(self.clicked, self.size, [self.x, self.y], **at_once).success(**show)
         gr.on([self.go.click, self.x.submit, self.y.submit, self.head.input, *(c.input for c in evidence_choice)], **show)
         self.save.click(self.write, asked, self.saved, **ONE_BY_ONE)
 
