@@ -1,4 +1,4 @@
-"""Grad-CAM of BiFormer beside DeBiFormer, the paper's Figure 4 in kind: python scripts/draw_evidence.py BIFORMER.ckpt DEBIFORMER.ckpt FILE.png
+"""Grad-CAM of BiFormer beside DeBiFormer, the paper's Figure 4 in kind: python scripts/draw_evidence.py BIFORMER.ckpt DEBIFORMER.ckpt PNG
 
 Checkpoints of the bundled cells, trained alike: debiformer fit --config blood_cells --model.model biformer_tiny --data.input_size 96
 --trainer.max_epochs 12, and debiformer_tiny.
