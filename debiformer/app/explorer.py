@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -14,6 +14,7 @@ from .seeing import Findings, Model
 
 T = TypeVar("T")
 LONG_SIDE = 1280  # pixels; larger pictures are reduced to it, which bounds memory and time
+PIXELS, THIN = 50_000_000, 20  # at most, and of one side to the other
 MODELS, PICTURES, VIEWS = 3, 16, 8  # kept, those used last
 
 
@@ -31,6 +32,11 @@ class Recent:
             self.values.popitem(last=False)
         return value  # type: ignore[return-value]
 
+    def drop(self, chosen: Callable[[Any], bool]) -> None:
+        """Forget the values whose keys are chosen."""
+        for key in [*filter(chosen, self.values)]:
+            del self.values[key]
+
 
 class Explorer:
     """Models by name, and pictures by file; one request at a time may use it.
@@ -45,7 +51,9 @@ class Explorer:
 
     def model(self, name: str) -> Model:
         """A model, loaded when it is first asked for; raises what loading it raises."""
-        return self._models.get(name, self.sources[name])
+        model = self._models.get(name, self.sources[name])
+        self._views.drop(lambda key: key[0] not in self._models.values)  # a view holds its model
+        return model
 
     def picture(self, file: str) -> Image.Image:
         """A picture, reduced to `LONG_SIDE`.
@@ -66,6 +74,15 @@ class Explorer:
 
 def read(file: Path) -> Image.Image:
     """See `Explorer.picture`."""
+    try:
+        with Image.open(file) as opened:
+            width, height = opened.size
+    except Exception:  # what is wrong with it is told below
+        width = height = 1
+    if width * height > PIXELS:
+        raise ValueError(f"{file.name}: {width}x{height} pixels are more than {PIXELS // 10**6} million: reduce it first")
+    if max(width, height) > THIN * min(width, height):
+        raise ValueError(f"{file.name}: of {width}x{height} pixels, one side is more than {THIN} times the other: crop it first")
     try:
         image = read_image(file)
     except UnreadableImage as error:

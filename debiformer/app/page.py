@@ -1,5 +1,7 @@
 """The page of the explorer: its controls, and what each of them does."""
 
+import json
+import traceback
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,19 +13,21 @@ import gradio as gr
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..explain.evidence import Evidence, arrays, evidence, evidence_figure, evidence_panels
+from ..explain.evidence import Evidence, UnknownClass, arrays, evidence, evidence_figure, evidence_panels
 from ..explain.grad_cam import METHODS
 from ..explain.path import path_figure, path_panels
-from ..explain.views import View
+from ..explain.views import NothingFound, View
 from .explorer import Explorer, bundled
 from .panels import STYLE, Section, drawn
 
+PACKAGE = Path(__file__).parents[1]
 UPLOAD = "20mb"  # at most
 WAITING = 32  # requests at most
 SESSIONS = 100  # visitors whose choices are kept
 KEPT = 3600  # seconds that uploads and what is made of them stay on the disk
 HIGH = 150  # pixels of what the page begins with
 SHOWN = 640  # pixels of the longer side of the picture on the page
+ALT = "The picture: click on it, or give a pixel by x and y below"
 NOTHING, FOUND, ALL = "nothing", "what the model finds", "all, averaged"
 INTRODUCTION = """# Where does the model look?
 A vision model with routing attention gathers what it knows about a pixel from a few places in the picture.
@@ -66,13 +70,13 @@ class Page:
         self.samples = gr.Gallery(self.pictures, **samples, **still)
 
     def _lay_out_picture(self) -> None:
-        self.picture = gr.Image(label="Click anywhere", interactive=False, buttons=[], elem_id="picture", alt_text="To click on")
+        self.picture = gr.Image(label="Click anywhere", interactive=False, buttons=[], elem_id="picture", alt_text=ALT)
         with gr.Row():
             self.x, self.y = (
                 gr.Number(label=label, precision=0, minimum=0, min_width=80, elem_id=name)
                 for name, label in {"x": "x, from the left", "y": "y, from the top"}.items()
             )
-            self.go = gr.Button("Show this pixel", min_width=100, elem_id="go")
+        self.go = gr.Button("Show this pixel", elem_id="go")
 
     def _lay_out_results(self) -> None:
         with gr.Row():
@@ -90,7 +94,8 @@ class Page:
 
     def _wire(self) -> None:
         layer, evidence_choice = [self.stage, self.block, self.head], [self.label, self.method, self.weighed]
-        asked: set[Any] = {self.file, self.shown, self.model, self.other, self.x, self.y, *layer, *evidence_choice}
+        self.controls = [self.file, self.model, self.other, self.x, self.y, *layer, *evidence_choice]
+        asked: set[Any] = {*self.controls, self.shown}
         show: dict[str, Any] = dict(fn=self.show, inputs=asked, outputs=[self.picture, self.results, self.saved, self.shown], **ONE_BY_ONE)
         show |= dict(show_progress_on=self.progress)
         renewed: dict[str, Any] = dict(
@@ -102,11 +107,11 @@ class Page:
         self.upload.upload(self.uploaded, asked | {self.upload}, **renewed).success(**show)
         # "always_last" would bring the last click with the place of an earlier one.
         self.samples.select(self.sampled, asked, **renewed | dict(trigger_mode="multiple")).success(**show)
-        gr.on([c.input for c in (self.model, self.other, self.stage, self.block)], self.offered, asked, **renewed).success(**show)
+        gr.on([c.change for c in (self.model, self.other, self.stage, self.block)], self.offered, asked, **renewed).success(**show)
         # Past the queue, whose stream of answers may lose one to clicks that follow each other closely.
         at_once: dict[str, Any] = dict(queue=False, trigger_mode="multiple", show_progress="hidden", api_visibility="private")
         self.picture.select(self.clicked, self.size, [self.x, self.y], **at_once).success(**show)
-        gr.on([self.go.click, self.x.submit, self.y.submit, self.head.input, *(c.input for c in evidence_choice)], **show)
+        gr.on([self.go.click, self.x.submit, self.y.submit, self.head.change, *(c.change for c in evidence_choice)], **show)
         self.save.click(self.write, asked, self.saved, **ONE_BY_ONE)
 
     def begin(self, asked: Asked) -> Asked:
@@ -126,11 +131,17 @@ class Page:
         with told():
             width, height = self.explorer.picture(file).size
         of_picture = {self.file: file, self.size: (width, height), self.x: width // 2, self.y: height // 2}
-        return of_picture | self.offered(asked | {self.file: file})
+        try:
+            return of_picture | self.offered(asked | {self.file: file})
+        except gr.Error as error:  # another model may do
+            gr.Warning(error.message, duration=10)
+            return of_picture
 
     def offered(self, asked: Asked) -> Asked:
         """The layers, heads and classes that there are, with those that were chosen where they still are."""
         with told():
+            if asked[self.file] is None:
+                raise ValueError("choose a picture first")
             looks = [self.explorer.view(name, asked[self.file]).look for name in self.chosen(asked)]
         stages = sorted(set.intersection(*({s for s, _ in look.traces} for look in looks)))
         stage = asked[self.stage] if asked[self.stage] in stages else stages[0]
@@ -161,17 +172,20 @@ class Page:
     def show(self, asked: Asked, progress: Any = gr.Progress()) -> Iterator[Asked]:  # noqa: B008
         """The query on the picture, then its path through each model, then the evidence."""
         names, file = self.chosen(asked), asked[self.file]
-        shown = tuple(value for control, value in asked.items() if control is not self.shown)
-        if shown == asked[self.shown]:  # a menu tells of a choice twice
-            yield {}
+        shown = tuple(asked[control] for control in self.controls)
+        # Menus change by choice, and again when the page says what there is to choose, one after the other.
+        if shown == asked[self.shown] or None in self.layer(asked):
+            yield {self.shown: asked[self.shown]}
             return
         with told():
-            yield {self.picture: marked(self.explorer.picture(file), asked[self.x], asked[self.y]), self.saved: gr.File(visible=False)}
+            places = {name: self.place(self.explorer.view(name, file), asked) for name in names}
+            picture = marked(self.explorer.picture(file), asked[self.x], asked[self.y])
+            yield {self.picture: picture, self.saved: gr.File(visible=False), self.shown: None}
             sections: dict[str, Section] = {}
             for name in names:
                 progress((len(sections), 2 * len(names)), desc=f"{name} looks at the picture")
                 view, layer = self.explorer.view(name, file), self.layer(asked)
-                panels = path_panels(view.look, *layer, *view.place(asked[self.x], asked[self.y]), self.head_of(asked))
+                panels = path_panels(view.look, *layer, *places[name], self.head_of(asked))
                 kind = type(view.look.trace(*layer).layer).__name__
                 heads = "all heads averaged" if asked[self.head] == ALL else f"head {asked[self.head]}"
                 title = "Stage {}, block {}: {}, {}".format(*layer, kind, heads)
@@ -180,30 +194,43 @@ class Page:
             for number, name in enumerate(names, len(names)):
                 progress((number, 2 * len(names)), desc=f"the evidence in {name}")
                 view = self.explorer.view(name, file)
-                place = view.place(asked[self.x], asked[self.y])
                 try:
-                    found = self.evidence(view, place, asked)
-                except ValueError as error:  # nothing was found, or one of two models does not know the class
+                    found = self.evidence(view, places[name], asked)
+                except (NothingFound, UnknownClass) as error:  # of two models, one may not know the class
                     sections[name].note = f"No evidence to show: {error}."
                 else:
                     sections[name].evidence = [drawn(panel) for panel in evidence_panels(view, found)]
             yield {self.results: "".join(part.html() for part in sections.values()), self.shown: shown}
 
     def write(self, asked: Asked) -> Iterator[Asked]:
-        """The figures and arrays of each model in one file."""
+        """The figures and arrays of what is shown in one file, with a note of what they are of."""
+        if asked[self.shown] is None:
+            raise gr.Error("There is nothing to write yet.", print_exception=False)
+        asked = dict(zip(self.controls, asked[self.shown], strict=True))
         with told(), TemporaryDirectory() as folder:
             archive = Path(folder) / "explained.zip"
             with zipfile.ZipFile(archive, "w") as files:
                 for number, name in enumerate(self.chosen(asked), 1):
                     view = self.explorer.view(name, asked[self.file])
-                    place = view.place(asked[self.x], asked[self.y])
-                    found, query = self.evidence(view, place, asked), (*self.layer(asked), *place, self.head_of(asked))
-                    figures = {"attention": path_figure(view.look, *query), "evidence": evidence_figure(view, found)}
+                    place = self.place(view, asked)
+                    query = (*self.layer(asked), *place, self.head_of(asked))
+                    about = {"model": name, "picture": Path(asked[self.file]).name, "x": asked[self.x], "y": asked[self.y]}
+                    about |= {"stage": query[0], "block": query[1], "head": query[-1]}
+                    figures = {"attention": path_figure(view.look, *query)}
+                    found: Evidence | None = None
+                    try:
+                        found = self.evidence(view, place, asked)
+                    except (NothingFound, UnknownClass) as error:
+                        about["evidence"] = f"none: {error}"
+                    else:
+                        about["evidence"] = f"{found.method}: {found.name}"
+                        figures["evidence"] = evidence_figure(view, found)
                     for title, figure in figures.items():
                         with files.open(f"model-{number}/{title}.png", "w") as content:
                             figure.savefig(content, dpi=130)
                     with files.open(f"model-{number}/arrays.npz", "w") as content:
                         np.savez(content, **arrays(view, *query, found))  # type: ignore[arg-type]
+                    files.writestr(f"model-{number}/about.json", json.dumps(about, indent=2) + "\n")
             yield {self.saved: gr.File(str(archive), visible=True)}  # gradio copies it before the folder goes
 
     def chosen(self, asked: Asked) -> list[str]:
@@ -218,6 +245,16 @@ class Page:
         """The attention head; None for all."""
         return None if asked[self.head] == ALL else asked[self.head]
 
+    def place(self, view: View, asked: Asked) -> tuple[float, float]:
+        """Where the query lies in the picture as a model sees it.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if asked[self.x] is None or asked[self.y] is None:
+            raise ValueError("give both x and y, in pixels of the picture")
+        return view.place(asked[self.x], asked[self.y])
+
     def evidence(self, view: View, place: tuple[float, float], asked: Asked) -> Evidence:
         """The evidence of the class, by the method and the map that are chosen."""
         label = None if asked[self.label] == FOUND else asked[self.label]
@@ -226,7 +263,7 @@ class Page:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What the visitor can mend is said on the page; anything else is a defect, and goes to the terminal too.
+    """What this library says to visitors is shown on the page; an error of any other origin is a defect, and goes to the terminal too.
 
     Raises:
         gr.Error: For a ValueError.
@@ -234,13 +271,15 @@ def told() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise gr.Error(str(error), duration=10, print_exception=False) from error
+        ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(PACKAGE)
+        raise gr.Error(str(error), duration=10, print_exception=not ours) from error
 
 
 def marked(image: Image.Image, x: float, y: float) -> Image.Image:
     """The picture at the size that it is shown at, with a star on a pixel."""
     factor = SHOWN / max(image.size)
-    shown = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    width, height = (max(round(side * factor), 1) for side in image.size)
+    shown = image.resize((width, height), Image.Resampling.BICUBIC)
     angles = np.arange(10) * np.pi / 5
     radii = np.where(np.arange(10) % 2, 6, 15)
     corners = zip((x + 0.5) * factor + radii * np.sin(angles), (y + 0.5) * factor - radii * np.cos(angles), strict=True)

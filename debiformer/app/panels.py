@@ -83,16 +83,16 @@ def drawn(panel: Panel) -> str:
     panel.draw(axes)
     file = BytesIO()
     canvas.savefig(file, dpi=120, bbox_inches="tight", pad_inches=0.02)
-    return _figure(file.getvalue(), "png", panel.sentence)
+    return _figure(file.getvalue(), "png", panel.title.replace("\n", " "), panel.sentence)
 
 
 def figure(picture: Image, sentence: str) -> str:
     """A picture as a figure with a sentence."""
     file = BytesIO()
     picture.save(file, "webp", quality=90)
-    return _figure(file.getvalue(), "webp", sentence)
+    return _figure(file.getvalue(), "webp", "what the model found", sentence)
 
 
-def _figure(content: bytes, kind: str, sentence: str) -> str:
+def _figure(content: bytes, kind: str, title: str, sentence: str) -> str:
     source = f"data:image/{kind};base64,{b64encode(content).decode()}"
-    return f'<figure><img src="{source}" alt="{escape(sentence)}"><figcaption>{escape(sentence)}</figcaption></figure>'
+    return f'<figure><img src="{source}" alt="{escape(title)}"><figcaption>{escape(sentence)}</figcaption></figure>'

@@ -38,6 +38,7 @@ COMMANDS = {
     "predict": Command("labels, masks or boxes for images, with a checkpoint", "prediction:run", ("train",)),
     "explain": Command("show where a checkpoint looks in an image: --checkpoint CKPT IMAGE", "explaining:run", ("train", "explain")),
     "app": Command("explore in a browser where checkpoints look: [CKPT ...]", "exploring:run", ("train", "explain", "app")),
+    "export": Command("a checkpoint as a file that runs without this library: CKPT --format onnx", "exporting:run", ("train",)),
     "average": Command("average the weights of checkpoints: CKPT CKPT... --output FILE.ckpt", "average:run", ("train",)),
     "share": Command("a checkpoint as a folder for timm and the Hugging Face Hub: CKPT FOLDER", "share:run", ("train",)),
     "models": Command("list the presets with their parameters and MACs", "models:run"),

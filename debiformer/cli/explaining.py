@@ -7,9 +7,10 @@ import numpy as np
 
 from ..app.seeing import load_model
 from ..data.images import read_image
-from ..explain.evidence import arrays, evidence, evidence_figure
+from ..explain.evidence import Evidence, arrays, evidence, evidence_figure
 from ..explain.grad_cam import METHODS
 from ..explain.path import path_figure
+from ..explain.views import NothingFound
 from .labelling import device
 from .reporting import check_folder
 
@@ -30,23 +31,29 @@ def run(arguments: list[str]) -> int:
     given = options.query or (image.width // 2, image.height // 2)
     x, y = view.place(*given)
     path = path_figure(view.look, stage, block, x, y, options.head)
-    found = evidence(view, x, y, options.label, options.method, options.cam_stage)
+    found: Evidence | None = None
+    try:
+        found = evidence(view, x, y, options.label, options.method, options.cam_stage)
+    except NothingFound as error:
+        what = str(error)
+    else:
+        what = found.name
     values = arrays(view, stage, block, x, y, options.head, found)
     check_folder(options.output)
     path.savefig(options.output / "attention.png", dpi=130)
-    evidence_figure(view, found).savefig(options.output / "evidence.png", dpi=130)
+    written = {"attention.png": f"the path of the query in stage {stage}, block {block}"}
+    if found is not None:
+        evidence_figure(view, found).savefig(options.output / "evidence.png", dpi=130)
+        written["evidence.png"] = f"{found.method} of {what}, and what reaches the last map"
     np.savez(options.output / "arrays.npz", **values)  # type: ignore[arg-type]
-    print(f"{options.image}: {found.name}")
+    written["arrays.npz"] = ", ".join(values)
+    print(f"{options.image}: {what}")
     trace = view.look.trace(stage, block)
     row, column = view.look.pixel(trace, x, y)
     size = "x".join(map(str, trace.size))
     print(f"query {given[0]:g},{given[1]:g} is in row {row}, column {column} of the {size} map of {trace.name}")
-    for file, what in {
-        "attention.png": f"the path of the query in stage {stage}, block {block}",
-        "evidence.png": f"{found.method} of {found.name}, and what reaches the last map",
-        "arrays.npz": ", ".join(values),
-    }.items():
-        print(f"written  {options.output / file}: {what}")
+    for file, content in written.items():
+        print(f"written  {options.output / file}: {content}")
     return 0
 
 

@@ -15,6 +15,10 @@ from .views import View
 FINE = 4  # pixels of a side of a map, for its activation to tell one place from another
 
 
+class UnknownClass(ValueError):
+    """A class that a model does not know."""
+
+
 @dataclass
 class Evidence:
     """Two maps over one image, each from 0 on.
@@ -44,10 +48,12 @@ def evidence(view: View, x: float, y: float, label: str | None = None, method: s
         stage: Whose map is weighed, from 1; where it is None, the last one with at least 4x4 pixels.
 
     Raises:
-        ValueError: If there is no such class, method or stage, or a detector has found nothing.
+        NothingFound: If a detector has found nothing.
+        UnknownClass: If there is no such class.
+        ValueError: If there is no such method or stage.
     """
     if label is not None and label not in view.labels:
-        raise ValueError(f"class {label}: the model knows no such class; {did_you_mean(label, view.labels)}")
+        raise UnknownClass(f"class {label}: the model knows no such class; {did_you_mean(label, view.labels)}")
     name, target = view.target(x, y, None if label is None else view.labels.index(label))
     stage = finest_enough(view) if stage is None else stage
     activation = view.activation(target, method, stage)
@@ -96,7 +102,9 @@ def evidence_figure(view: View, found: Evidence) -> Figure:
     return figure
 
 
-def arrays(view: View, stage: int, block: int, x: float, y: float, head: int | None, found: Evidence) -> dict[str, np.ndarray]:
+def arrays(
+    view: View, stage: int, block: int, x: float, y: float, head: int | None, found: Evidence | None = None
+) -> dict[str, np.ndarray]:
     """What the figures of a query at (x, y), pixels of the image as seen, are drawn from.
 
     Raises:
@@ -104,7 +112,9 @@ def arrays(view: View, stage: int, block: int, x: float, y: float, head: int | N
     """
     trace = view.look.trace(stage, block)
     pixel = view.look.pixel(trace, x, y)
-    values = {"attention": trace.attention(*pixel, head=head), "rollout": found.reached, found.method: found.activation}
+    values = {"attention": trace.attention(*pixel, head=head), "rollout": view.look.on_image(rollout(view.look.traces))}
+    if found is not None:
+        values[found.method] = found.activation
     if trace.has_points:
         points, start = trace.points()
         values |= {"points": points, "reference_points": start, "heard": trace.heard(*pixel, head=head)}

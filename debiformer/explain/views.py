@@ -14,6 +14,10 @@ from .grad_cam import Target, boxes_of, class_activation, pixels_of
 from .look import Look, look
 
 
+class NothingFound(ValueError):
+    """A detector has found no box to explain."""
+
+
 @dataclass
 class View:
     """One image, seen by a model of a task.
@@ -46,7 +50,8 @@ class View:
         """
         width, height = self.size
         if not (0 <= x < width and 0 <= y < height):
-            raise ValueError(f"query {x:g},{y:g} is not on the image, which is {width} wide and {height} high: x is from 0 to {width - 1}")
+            ranges = f"x is from 0 to {width - 1}, y from 0 to {height - 1}"
+            raise ValueError(f"query {x:g},{y:g} is not on the image, which is {width} wide and {height} high: {ranges}")
         at = []
         for value, places, axis in ((x, self.columns, "x"), (y, self.rows, "y")):
             nearest = int(np.abs(places - value).argmin())
@@ -64,7 +69,7 @@ class View:
         there is none its surest. `label` asks for another class.
 
         Raises:
-            ValueError: If a detector has found nothing.
+            NothingFound: If a detector has found nothing.
         """
         out: Any = self.look.output
         if self.kind == "classification":
@@ -79,7 +84,7 @@ class View:
         found = out[0]
         kept = torch.ones_like(found["scores"], dtype=torch.bool) if label is None else found["labels"] == label
         if not kept.any():
-            raise ValueError("nothing was found in the image" + ("" if label is None else f" of class {self.labels[label]}"))
+            raise NothingFound("nothing was found in the image" + ("" if label is None else f" of class {self.labels[label]}"))
         x0, y0, x1, y1 = found["boxes"].unbind(1)
         here = kept & (x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)
         chosen_box = int((found["scores"] * (here if here.any() else kept)).argmax())

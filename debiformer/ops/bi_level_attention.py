@@ -8,6 +8,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .autocast import autocast
 from .backends import requested_backend
 from .chunks import CHUNK, is_compiling_inference
+from .dense_attention import softmax_attention
 from .observation import is_watched, report, watch
 from .regions import Grid, merge, partition, region_size
 from .routed_attention import routed_attention
@@ -117,7 +118,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, region_grid: Grid, topk: int, num_h
         seen = {name: _heads(partition(x, region_grid), num_heads) for name, x in {"q": q, "k": k, "v": v}.items()}
         report("routed_attention", **seen, routes=listed, scale=scale, route_weights=None)
     queries, keys, values = (x.flatten(1, 2).unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    out = softmax_attention(queries, keys, values, mask, scale)
     return out.transpose(1, 2).flatten(2).unflatten(1, (q.shape[1], q.shape[2]))
 
 

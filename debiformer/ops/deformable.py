@@ -10,6 +10,7 @@ from . import reference
 from .autocast import autocast
 from .backends import choose_backend, requested_backend
 from .chunks import is_compiling_inference, over_chunks
+from .dense_attention import softmax_attention
 from .observation import report
 
 
@@ -170,7 +171,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, heigh
 def _attend(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor, grid_size: tuple[int, int], scale: float) -> Tensor:
     def attend(rows: slice) -> Tensor:
         bias = position_bias(points, bias_table, grid_size, rows).to(q.dtype)
-        return F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+        return softmax_attention(q[:, :, rows], k, v, bias, scale).transpose(1, 2)
 
     # Of a row: its biases (or, in training, its weights) for each head, and its displacements for each group of points.
     elements = q.shape[0] * k.shape[2] * (q.shape[1] + 2 * points.shape[1])

@@ -1,5 +1,6 @@
 """Attention of every query to every key."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,4 +10,12 @@ from .observation import report
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(D ** -0.5 q k^T) v, with queries (B, H, N, D), keys (B, H, M, D) and values (B, H, M, E); returns (B, H, N, E)."""
     report("dense_attention", q=q, k=k, v=v)
-    return F.scaled_dot_product_attention(q, k, v)
+    return softmax_attention(q, k, v)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """PyTorch's own attention, with a layout in exported graphs that does not depend on which of its kernels ran."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if torch.compiler.is_exporting():  # views of this kernel's strides would not be views of another's
+        return out.clone(memory_format=torch.contiguous_format)
+    return out

@@ -1,10 +1,10 @@
 """Attention inside groups of pixels: what windows, stripes, lines and grids of a map have in common."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .chunks import over_chunks
+from .dense_attention import softmax_attention
 
 
 def grouped_attention(
@@ -33,7 +33,7 @@ def grouped_attention(
             apart = (labels_of_rows.unsqueeze(1) != labels_of_rows.unsqueeze(2)).unsqueeze(1)
             # In four dimensions, which the fused kernels take.
             mask = (q.new_zeros(1, 1, 1, 1) if mask is None else mask).masked_fill(apart, float("-inf"))
-        return F.scaled_dot_product_attention(queries[rows], keys[rows], values[rows], attn_mask=mask).transpose(1, 2).flatten(2)
+        return softmax_attention(queries[rows], keys[rows], values[rows], mask).transpose(1, 2).flatten(2)
 
     if bias is None and labels is None:  # fused kernels keep no weights, so that nothing grows with T * T
         return attend(slice(0, batch * groups)).unflatten(0, (batch, groups))

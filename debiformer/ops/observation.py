@@ -14,7 +14,8 @@ _watcher: ContextVar[Callable[..., None] | None] = ContextVar("debiformer_watche
 def watch(callback: Callable[..., None] | None) -> Iterator[None]:
     """Call `callback(name, **arguments)` with the checked arguments of every attention operation that runs inside the block; None: nobody.
 
-    The operations run unchanged. Watching is local to the thread (and asyncio task) that asks for it, and sees nothing of a compiled model.
+    The operations run unchanged. Watching is local to the thread (and asyncio task) that asks for it, and sees nothing of a compiled model;
+    of one that is being exported it sees what is traced.
     """
     token = _watcher.set(callback)
     try:
@@ -25,7 +26,7 @@ def watch(callback: Callable[..., None] | None) -> Iterator[None]:
 
 def is_watched() -> bool:
     """Whether there is a watcher: arguments that only it needs are not made in vain."""
-    return not torch.compiler.is_compiling() and _watcher.get() is not None
+    return (torch.compiler.is_exporting() or not torch.compiler.is_compiling()) and _watcher.get() is not None
 
 
 def report(name: str, **arguments: Any) -> None:

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .autocast import autocast
 from .backends import choose_backend
 from .chunks import is_compiling_inference, over_chunks
+from .dense_attention import softmax_attention
 from .observation import is_watched, report
 
 
@@ -75,7 +75,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, scale: float
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    out = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), scale=scale)
+    out = softmax_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), scale=scale)
     return out.unflatten(2, (q.shape[2], q.shape[3]))
 
 
@@ -96,7 +96,7 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, scale: float, rou
 
     def attend(rows: slice) -> Tensor:
         keys, values = gathered(k_rows, rows, k.shape[4]), gathered(v_rows, rows, v.shape[4])
-        return F.scaled_dot_product_attention(queries[rows], keys, values, scale=scale).transpose(1, 2)
+        return softmax_attention(queries[rows], keys, values, scale=scale).transpose(1, 2)
 
     inputs = (q, k, v) if route_weights is None else (q, k, v, route_weights)
     out = over_chunks(attend, batch * regions, chosen.shape[1] * (k_rows.shape[1] + v_rows.shape[1]), 0, *inputs)

@@ -1,6 +1,7 @@
 """The explorer in a real Chromium, as its visitors use it."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from debiformer.app.page import Page, launch  # noqa: E402
 
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 NANO = dict(backbone_args=dict(region_grid=[4, 4], feature_norms=True))
+ERRORS = {"test_bad_file_is_named_and_the_page_goes_on", "test_what_is_too_large_is_refused", "test_crash_leaves_the_page_alive"}
+ERRORS |= {"test_a_query_that_is_none_changes_nothing"}
 WAIT = 15_000  # milliseconds: a machine that others use may be slow
 
 
@@ -73,8 +76,8 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture
-def visit(browser, address):
-    """Opens the explorer as a visitor of its own, who sees the first picture."""
+def visit(browser, address, request):
+    """Opens the explorer as a visitor of its own, who sees the first picture, and in the end no error but in tests of errors."""
     contexts = []
 
     def visit(**options):
@@ -89,8 +92,15 @@ def visit(browser, address):
         return page
 
     yield visit
+    toasts = [
+        toast for context in contexts for page in context.pages for toast in page.locator("[data-testid=toast-text]").all_inner_texts()
+    ]
+    badges = [context.pages[0].locator("#results, #progress").get_by_text("Error", exact=True).count() for context in contexts]
     for context in contexts:
         context.close()
+    if request.node.originalname not in ERRORS:
+        assert not toasts
+        assert not any(badges)
 
 
 def wait_for(page, figures, stage=None):
@@ -101,6 +111,7 @@ def wait_for(page, figures, stage=None):
 
 
 def choose(page, control, option):
+    expect(page.get_by_role("option")).to_have_count(0)  # of the menu before
     page.locator(f"#{control} input").click()
     page.get_by_role("option", name=option, exact=True).click()
 
@@ -140,7 +151,7 @@ def test_first_page_needs_no_network_and_no_knowledge(visit, address):
     for figure in page.locator("#results figure").all():
         sentence = figure.locator("figcaption").inner_text()
         assert sentence.endswith(".")
-        assert figure.locator("img").get_attribute("alt") == sentence
+        assert figure.locator("img").get_attribute("alt")
         assert figure.locator("img").evaluate("image => image.naturalWidth") > 100
 
 
@@ -189,6 +200,13 @@ def test_layers_and_heads(visit):
     expect(page.locator("#results")).to_contain_text("head 1")
     choose(page, "stage", "1")
     expect(page.locator("#results")).to_contain_text(re.compile("Stage 1, block 1.*all heads averaged"))  # which has one
+    wait_for(page, 5)
+    choose(page, "stage", "3")
+    choose(page, "block", "2")
+    expect(page.locator("#results")).to_contain_text("Stage 3, block 2")
+    choose(page, "stage", "4")
+    expect(page.locator("#results")).to_contain_text("Stage 4, block 1")  # which has no second block
+    wait_for(page, 6)
 
 
 def test_two_models_on_one_click(visit):
@@ -258,6 +276,8 @@ def test_animated_gif_is_its_first_frame(visit):
         ("torn.png", encoded(noise(50, 50))[:2000], "torn.png: "),
         ("letter.png", b"Dear Sir or Madam", "letter.png: not an image"),
         ("empty.png", b"", "empty.png: the file is empty"),
+        ("thin.png", encoded(noise(1, 5000)), "one side is more than 20 times the other"),
+        ("bomb.png", encoded(Image.new("1", (8000, 8000))), "more than 50 million: reduce it first"),
     ],
 )
 def test_bad_file_is_named_and_the_page_goes_on(name, content, said, visit):
@@ -304,6 +324,35 @@ def test_two_visitors_at_once(visit):
     assert last_figure(pages[0]) != last_figure(pages[1])
 
 
+def test_a_query_that_is_none_changes_nothing(visit):
+    page = visit()
+    source = page.locator("#picture img").get_attribute("src")
+    page.locator("#x input").fill("80")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("x is from 0 to 79, y from 0 to 79")).to_be_visible()
+    page.locator("#x input").fill("")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("give both x and y")).to_be_visible()
+    assert page.locator("#picture img").get_attribute("src") == source
+    page.locator("#x input").fill("3")
+    page.keyboard.press("Enter")
+    expect(page.locator("#picture img")).not_to_have_attribute("src", source)
+
+
+def test_what_finds_nothing_is_saved_without_evidence(visit):
+    page = visit()
+    choose(page, "model", "boxes")
+    expect(page.locator("#results")).to_contain_text("No evidence to show: nothing was found in the image.")
+    page.locator("#save").click()
+    link = page.locator("#saved a[href]").first
+    expect(link).to_be_visible()
+    with page.expect_download() as download:
+        link.click()
+    with zipfile.ZipFile(download.value.path()) as files:
+        assert sorted(files.namelist()) == ["model-1/about.json", "model-1/arrays.npz", "model-1/attention.png"]
+        assert json.loads(files.read("model-1/about.json"))["evidence"] == "none: nothing was found in the image"
+
+
 def test_figures_and_arrays_are_saved(visit):
     page = visit()
     choose(page, "other", "second")
@@ -315,10 +364,14 @@ def test_figures_and_arrays_are_saved(visit):
     with page.expect_download() as download:
         link.click()
     with zipfile.ZipFile(download.value.path()) as files:
-        kinds = ("arrays.npz", "attention.png", "evidence.png")
+        kinds = ("about.json", "arrays.npz", "attention.png", "evidence.png")
+        about = json.loads(files.read("model-2/about.json"))
         assert sorted(files.namelist()) == [f"model-{number}/{kind}" for number in (1, 2) for kind in kinds]
         arrays = [np.load(io.BytesIO(files.read(f"model-{number}/arrays.npz"))) for number in (1, 2)]
         assert Image.open(io.BytesIO(files.read("model-1/attention.png"))).width > 900
+    assert {**about, "evidence": None} == dict(
+        model="second", picture="BloodImage_00007_00.jpg", x=40, y=40, stage=1, block=2, head=None, evidence=None
+    )
     assert [array["attention"].sum() for array in arrays] == pytest.approx([1, 1], abs=1e-4)
     assert not np.array_equal(arrays[0]["attention"], arrays[1]["attention"])
 
@@ -356,7 +409,7 @@ def test_a_forged_upload_is_refused(visit, address, capfd):
     assert joined.ok
     told = page.request.get(f"{address}/gradio_api/queue/data?session_hash=forged", timeout=WAIT).text()
     assert '"success":false' in told.replace(" ", "")
-    assert "gradio" in told.lower() or "path" in told.lower()
+    assert "InvalidPathError" in capfd.readouterr().err
 
 
 def test_hasty_clicks_leave_the_page_alive(visit):

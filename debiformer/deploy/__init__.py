@@ -1,0 +1,1 @@
+"""Deployment: models as files that run without this library."""

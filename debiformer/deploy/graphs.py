@@ -1,0 +1,103 @@
+"""A model as a graph for one size of images and any number of them, and what its outputs are."""
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..ops.observation import watch
+
+BATCH = Dim("batch", min=1, max=65536)
+EXAMPLES = 2  # images that are traced: one alone would fix the batch
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file says of itself, so that it can be run by whoever finds it.
+
+    Attributes:
+        task: "classification", "features" or "segmentation".
+        outputs: A name for each.
+        size: Height and width of its images.
+        mean: Of the channels red, green and blue, for values from 0 to 1; inputs are (value - mean) / std.
+        std: See there.
+        crop_pct: Share of the resized image's shorter side that the crop keeps; None where the image is resized to `size` as it is.
+        interpolation: How it is resized.
+        class_names: Of the logits; none for features.
+        version: Of this library.
+    """
+
+    task: str
+    outputs: tuple[str, ...]
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float | None
+    interpolation: str
+    class_names: tuple[str, ...]
+    version: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Outputs(nn.Module):
+    """A model whose outputs are a tuple; with `routes`, followed by the routes of every layer that chooses among regions.
+
+    Args:
+        model: What to run.
+        features: Give the maps of the stages rather than what the model gives.
+        routes: Whether to add the routes (B, R, k), sorted.
+    """
+
+    def __init__(self, model: nn.Module, features: bool = False, routes: bool = False) -> None:
+        super().__init__()
+        self.model, self.features, self.routes = model, features, routes
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, 3, H, W) to the outputs."""
+        found: list[Tensor] = []
+
+        def keep(name: str, **arguments: Any) -> None:
+            if name == "routed_attention" and arguments["routes"] is not None and arguments["routes"].shape[2] < arguments["k"].shape[2]:
+                found.append(arguments["routes"].sort(dim=-1).values)
+
+        with watch(keep if self.routes else None):
+            maps: Any = self.model
+            out = maps.forward_intermediates(images, intermediates_only=True) if self.features else self.model(images)
+        return (*(out if isinstance(out, list | tuple) else (out,)), *found)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose norms are folded into convolutions where they can be, exactly."""
+    return reparameterize_model(deepcopy(model).cpu().float().eval().requires_grad_(False))
+
+
+@torch.no_grad()
+def graph(model: Outputs, size: tuple[int, int]) -> ExportedProgram:
+    """The graph of a model for images (B, 3, *size), for any B."""
+    example = torch.zeros(EXAMPLES, 3, *size)
+    return torch.export.export(model.eval(), (example,), dynamic_shapes=({0: BATCH},), strict=False)
+
+
+@torch.no_grad()
+def first_outputs(program: ExportedProgram, outputs: int) -> ExportedProgram:
+    """A graph of the first outputs of a graph."""
+    if len(program.graph_signature.user_outputs) == outputs:
+        return program
+    (example,), _ = program.example_inputs
+    return torch.export.export(_First(program.module(), outputs), (example,), dynamic_shapes=({0: BATCH},), strict=False)
+
+
+class _First(nn.Module):
+    def __init__(self, module: nn.Module, outputs: int) -> None:
+        super().__init__()
+        self.module, self.outputs = module, outputs
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.module(images)[: self.outputs]
