@@ -178,6 +178,7 @@ class Page:
             yield {self.shown: asked[self.shown]}
             return
         with told():
+            progress(0, desc=f"{' and '.join(names)} and the picture")
             places = {name: self.place(self.explorer.view(name, file), asked) for name in names}
             picture = marked(self.explorer.picture(file), asked[self.x], asked[self.y])
             yield {self.picture: picture, self.saved: gr.File(visible=False), self.shown: None}

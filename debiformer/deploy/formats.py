@@ -1,6 +1,7 @@
 """The formats: how a graph is converted to each, how the file is written, and how it is run."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,12 @@ class Format(NamedTuple):
 
 def to_onnx(program: ExportedProgram, description: Description) -> Any:
     """PyTorch's own conversion to ONNX."""
-    made: Any = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of each constant that it does not fold
+    made: Any = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
+    for node in RecursiveGraphIterator(made.model.graph):
+        node.metadata_props.clear()  # where it came from, larger than the weights
     made.model.graph.inputs[0].name = "images"
     for value, name in zip(made.model.graph.outputs, description.outputs, strict=False):
         value.name = name

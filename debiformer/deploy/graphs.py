@@ -8,6 +8,7 @@ import torch
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from ..ops.observation import watch
 
@@ -81,8 +82,7 @@ def folded(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def graph(model: Outputs, size: tuple[int, int]) -> ExportedProgram:
     """The graph of a model for images (B, 3, *size), for any B."""
-    example = torch.zeros(EXAMPLES, 3, *size)
-    return torch.export.export(model.eval(), (example,), dynamic_shapes=({0: BATCH},), strict=False)
+    return traced(model.eval(), torch.zeros(EXAMPLES, 3, *size))
 
 
 @torch.no_grad()
@@ -91,7 +91,17 @@ def first_outputs(program: ExportedProgram, outputs: int) -> ExportedProgram:
     if len(program.graph_signature.user_outputs) == outputs:
         return program
     (example,), _ = program.example_inputs
-    return torch.export.export(_First(program.module(), outputs), (example,), dynamic_shapes=({0: BATCH},), strict=False)
+    return traced(_First(program.module(), outputs), example)
+
+
+def traced(module: nn.Module, example: Tensor) -> ExportedProgram:
+    """The graph of a module for any number of images, without the lines of code, and their places on this disk, that it came from."""
+    program = torch.export.export(module, (example,), dynamic_shapes=({0: BATCH},), strict=False)
+    for part in program.graph_module.modules():
+        if isinstance(part, GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program
 
 
 class _First(nn.Module):

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +79,10 @@ def test_onnx_of_a_classifier(classifier, photo, tmp_path, capsys):
     assert (entry["task"], entry["size"], entry["class_names"], entry["crop_pct"]) == ("classification", [64, 64], CLASSES, 0.875)
     assert entry["mean"] == pytest.approx(task.hparams["mean"])
 
+    here = str(Path(__file__).parents[2]).encode()
+    assert here not in file.read_bytes()  # nor anything else of the machine that it was made on
+    assert file.stat().st_size < 1.2 * sum(value.nbytes for value in task.model.state_dict().values())
+
     inputs = noise(5, 64, 64)
     (found,) = FORMATS["onnx"].run(file)(inputs)
     with torch.no_grad():
@@ -116,6 +122,9 @@ def test_torch_export_of_a_segmenter(segmenter, photo, tmp_path, capsys):
     file = tmp_path / "masks.pt2"
     code, said = export(capsys, checkpoint, "--format", "torch-export", "--size", 64, 96, "--output", file)
     assert code == 0, said
+    with zipfile.ZipFile(file) as parts:
+        here = str(Path(__file__).parents[2]).encode()
+        assert not any(here in parts.read(name) for name in parts.namelist())
     inputs = noise(3, 64, 96)
     (found,) = FORMATS["torch-export"].run(file)(inputs)
     with torch.no_grad():
