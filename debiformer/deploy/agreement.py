@@ -14,23 +14,33 @@ class Agreement:
 
     Attributes:
         errors: Of each output, the norm of the difference relative to the norm.
-        routes: Sets of regions that were chosen; 0 where the file was not asked.
-        other_routes: Of these, how many differ.
+        routes: How many times regions were chosen; 0 where the file was not asked.
+        tied: Of these, how often others were chosen that answer as well, but for rounding; padding alone always ties.
+        other: How often others were chosen that do not.
     """
 
     errors: list[float]
     routes: int = 0
-    other_routes: int = 0
+    tied: int = 0
+    other: int = 0
 
     @property
     def holds(self) -> bool:
-        """Whether all outputs are within `TOLERANCE`, and all routes equal."""
-        return max(self.errors) <= TOLERANCE and not self.other_routes
+        """Whether all outputs are within `TOLERANCE`, and no other regions were chosen."""
+        return max(self.errors) <= TOLERANCE and not self.other
 
 
 def agreement(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], outputs: int) -> Agreement:
-    """Compare the outputs, the first so many, and the sorted routes behind them, if there are any in both."""
+    """Compare the outputs, the first so many, and behind them, if both have them, sorted routes and their affinities, layer by layer."""
     errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found[:outputs], expected[:outputs], strict=True)]
-    pairs = [*zip(found[outputs:], expected[outputs:], strict=False)]
-    differing = sum(int((a != b).any(-1).sum()) for a, b in pairs)
-    return Agreement(errors, sum(b[..., 0].size for _, b in pairs), differing)
+    total = Agreement(errors)
+    if len(found) == outputs:
+        return total
+    for layer in range(outputs, len(expected), 2):
+        (routes, affinities), (other_routes, other_affinities) = ((values[layer], values[layer + 1]) for values in (expected, found))
+        differ = (routes != other_routes).any(-1)
+        apart = np.abs(affinities - other_affinities).max(-1) > TOLERANCE * np.abs(affinities).max()
+        total.routes += differ.size
+        total.tied += int((differ & ~apart).sum())
+        total.other += int((differ & apart).sum())
+    return total

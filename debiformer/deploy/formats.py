@@ -52,11 +52,12 @@ def to_onnx(program: ExportedProgram, description: Description) -> Any:
 
 
 def save_onnx(made: Any, file: Path, description: Description, outputs: int) -> None:
-    """With the weights in the file."""
-    whole = [*made.model.graph.outputs]
+    """With the weights in the file; outputs that are left out are gone for good."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     del made.model.graph.outputs[outputs:]
+    RemoveUnusedNodesPass()(made.model)
     made.save(file)
-    made.model.graph.outputs[:] = whole
 
 
 def run_onnx(file: Path) -> Run:

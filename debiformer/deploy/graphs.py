@@ -48,12 +48,12 @@ class Description:
 
 
 class Outputs(nn.Module):
-    """A model whose outputs are a tuple; with `routes`, followed by the routes of every layer that chooses among regions.
+    """A model whose outputs are a tuple; with `routes`, followed by what every layer that chooses among regions has chosen.
 
     Args:
         model: What to run.
         features: Give the maps of the stages rather than what the model gives.
-        routes: Whether to add the routes (B, R, k), sorted.
+        routes: Whether to add, for each layer, the routes (B, R, k), sorted, and the affinities that they were chosen for, sorted too.
     """
 
     def __init__(self, model: nn.Module, features: bool = False, routes: bool = False) -> None:
@@ -66,7 +66,9 @@ class Outputs(nn.Module):
 
         def keep(name: str, **arguments: Any) -> None:
             if name == "routed_attention" and arguments["routes"] is not None and arguments["routes"].shape[2] < arguments["k"].shape[2]:
-                found.append(arguments["routes"].sort(dim=-1).values)
+                queries, keys = (arguments[name].mean(3).transpose(1, 2).flatten(2) for name in ("q", "k"))
+                chosen = (queries @ keys.transpose(1, 2)).gather(2, arguments["routes"])
+                found.extend(values.sort(dim=-1).values for values in (arguments["routes"], chosen))
 
         with watch(keep if self.routes else None):
             maps: Any = self.model

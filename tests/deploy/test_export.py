@@ -160,14 +160,19 @@ def test_a_file_that_disagrees_is_called_out(classifier, tmp_path, capsys, monke
     assert "The file does NOT agree" in said
 
 
-def test_agreement_counts_routes():
+def test_agreement_tells_ties_from_other_routes():
     logits = np.ones((2, 3), dtype=np.float32)
     routes = np.array([[[0, 1], [2, 3]], [[0, 1], [0, 3]]])
+    affinities = np.array([[[1.0, 2.0], [1.0, 2.0]], [[1.0, 2.0], [0.5, 0.5]]], dtype=np.float32)
     other = routes.copy()
     other[1, 1] = [1, 3]
-    assert agreement([logits, routes], [logits, routes], 1).holds
-    differs = agreement([logits, other], [logits, routes], 1)
-    assert (differs.routes, differs.other_routes, differs.holds) == (4, 1, False)
+    assert agreement([logits, routes, affinities], [logits, routes, affinities], 1).holds
+    tied = agreement([logits, other, affinities], [logits, routes, affinities], 1)
+    assert (tied.routes, tied.tied, tied.other, tied.holds) == (4, 1, 0, True)
+    worse = affinities.copy()
+    worse[1, 1, 0] -= 0.1
+    differs = agreement([logits, other, worse], [logits, routes, affinities], 1)
+    assert (differs.routes, differs.tied, differs.other, differs.holds) == (4, 0, 1, False)
     assert not agreement([logits * (1 + 2e-5)], [logits], 1).holds
 
 
