@@ -3,6 +3,7 @@
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from io import BytesIO
 
@@ -50,22 +51,26 @@ class Section:
     evidence: Sequence[str] = ()
     note: str = ""
 
+    @cached_property
+    def found(self) -> list[str]:
+        """The picture of the findings as a figure, where there is one."""
+        return [] if self.findings.picture is None else [figure(self.findings.picture, "What the model found, drawn over the picture.")]
+
     def html(self) -> str:
         """The section of the page."""
-        shares, picture = self.findings.shares, self.findings.picture
-        found = "".join(
+        shares = self.findings.shares
+        lines = "".join(
             f'<li><span>{escape(label)}</span><meter min="0" max="1" value="{share:.4f}" aria-label="{escape(label)}"></meter>'
             f"<span>{share:.1%}</span></li>"
             for label, share in shares[:SHARES]
         )
-        drawn_over = [] if picture is None else [figure(picture, "What the model found, drawn over the picture.")]
         parts = [
             f'<h2 class="model">{escape(self.name)}</h2><p>{escape(self.findings.sentence)}</p>',
-            f'<ul class="shares">{found}</ul>' if found else "",
+            f'<ul class="shares">{lines}</ul>' if lines else "",
             f"<p>and {len(shares) - SHARES} more</p>" if len(shares) > SHARES else "",
             f"<p><strong>{escape(self.layer)}</strong></p>",
             grid(self.path),
-            grid([*drawn_over, *self.evidence]),
+            grid([*self.found, *self.evidence]),
             f"<p>{escape(self.note)}</p>" if self.note else "",
         ]
         return f"<section>{''.join(parts)}</section>"

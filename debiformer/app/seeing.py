@@ -14,11 +14,9 @@ from ..data.images import eval_transform
 from ..data.masks import default_palette, overlay
 from ..explain.boxes import draw
 from ..explain.views import View, classified, detected, segmented
-from ..tasks.addresses import address_of
-from ..tasks.checkpointing import kind_of, read_content
 from ..tasks.classification import ClassificationTask
 from ..tasks.detection import DetectionTask
-from ..tasks.prediction import PREPROCESSING, load_classifier, load_task
+from ..tasks.prediction import PREPROCESSING, kind_at, load_classifier, load_task
 from ..tasks.segmentation import SegmentationTask
 
 LIKELIEST = 3  # classes of an image that are named
@@ -59,7 +57,7 @@ def load_model(source: str, device: str | torch.device = "cpu") -> Model:
         ValueError: If it is damaged, or no checkpoint of a known task.
         OSError: If the Hub does not give it.
     """
-    kind = "classification" if address_of(source) is not None else kind_of(read_content(Path(source)))
+    kind = kind_at(source)
     if kind == "classification":
         return classifier(load_classifier(source, device))
     if kind == "segmentation":

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,10 @@ from .. import __version__
 from ..data.blood_cells import whole_images
 from ..data.images import eval_transform, read_image
 from ..deploy import example
-from ..deploy.agreement import TOLERANCE, Agreement, agreement
+from ..deploy.agreement import TOLERANCE, agreement
 from ..deploy.formats import FORMATS, Format
 from ..deploy.graphs import Description, Outputs, folded, graph
-from ..tasks.addresses import address_of
-from ..tasks.checkpointing import kind_of, read_content
-from ..tasks.prediction import PREPROCESSING, load_classifier, load_task
+from ..tasks.prediction import PREPROCESSING, kind_at, load_classifier, load_task
 from ..tasks.segmentation import SegmentationTask
 from .arguments import at_least_one
 
@@ -46,14 +45,18 @@ def run(arguments: list[str]) -> int:
     converted = form.convert(graph(outputs, description.size), description)
     count = len(description.outputs)
     images = pictures(description)
+    expected = [out.numpy() for out in outputs(torch.from_numpy(images))]
     print(f"{file.name}: {description.task} of images at {'x'.join(map(str, description.size))}, any number at once", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        found = compared(form, converted, Path(folder, f"routed{form.suffix}"), description, outputs, images) if form.routes else None
+        routed = Path(folder, f"routed{form.suffix}")
+        found = None
+        if form.routes:
+            form.save(converted, routed, description, len(expected))
+            found = agreement(run_of(routed)(images), expected, count)
     form.save(converted, file, description, count)
     runner = Path(file.parent, f"run_{file.stem}.py")
     shutil.copyfile(example.__file__, runner)
-    expected = [out.numpy() for out in outputs(torch.from_numpy(images))]
-    runs = form.run(file)
+    runs = run_of(file)
     holds = True if found is None else found.holds
     for batch in (1, len(images)):
         values = agreement(runs(images[:batch]), [out[:batch] for out in expected], count)
@@ -70,11 +73,9 @@ def run(arguments: list[str]) -> int:
     return 0 if holds else 1
 
 
-def compared(form: Format, converted: Any, file: Path, description: Description, outputs: Outputs, images: np.ndarray) -> Agreement:
-    """The same graph with its routes, against eager mode."""
-    expected = [out.numpy() for out in outputs(torch.from_numpy(images))]
-    form.save(converted, file, description, len(expected))
-    return agreement(form.run(file)(images), expected, len(description.outputs))
+def run_of(file: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """What runs a file: the program that lies beside it."""
+    return example.load(file)[1]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -109,7 +110,7 @@ def read(source: str, size: list[int] | None, features: bool) -> tuple[nn.Module
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If it is of a task that is not exported, or the size must be given.
     """
-    kind = "classification" if address_of(source) is not None else kind_of(read_content(Path(source)))
+    kind = kind_at(source)
     if kind == "classification":
         task: Any = load_classifier(source)
         preprocessing = {name: task.hparams[name] for name in PREPROCESSING}

@@ -1,10 +1,8 @@
 """Command predict: what a checkpoint finds in images. Each task has its own options and its own output."""
 
 import argparse
-from pathlib import Path
 
-from ..tasks.addresses import address_of
-from ..tasks.checkpointing import kind_of, read_content
+from ..tasks.prediction import kind_at
 from . import detecting, labelling, segmenting
 
 RUNS = {"classification": labelling.run, "segmentation": segmenting.run, "detection": detecting.run}
@@ -20,6 +18,4 @@ def run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--checkpoint")
     checkpoint = parser.parse_known_args(arguments)[0].checkpoint
-    if checkpoint is None or address_of(checkpoint) is not None:
-        return labelling.run(arguments)
-    return RUNS[kind_of(read_content(Path(checkpoint)))](arguments)
+    return RUNS["classification" if checkpoint is None else kind_at(checkpoint)](arguments)

@@ -1,5 +1,6 @@
 """A model as a graph for one size of images and any number of them, and what its outputs are."""
 
+import json
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,9 +43,9 @@ class Description:
     class_names: tuple[str, ...]
     version: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    def json(self) -> str:
+        """As files keep it."""
+        return json.dumps(asdict(self))
 
 
 class Outputs(nn.Module):

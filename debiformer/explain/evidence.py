@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..nearest import did_you_mean
 from .path import Panel, heat, show
-from .rollout import rollout
 from .views import View
 
 FINE = 4  # pixels of a side of a map, for its activation to tell one place from another
@@ -21,19 +20,17 @@ class UnknownClass(ValueError):
 
 @dataclass
 class Evidence:
-    """Two maps over one image, each from 0 on.
+    """A map over one image, from 0 to 1.
 
     Attributes:
         name: What the activation speaks for, in words.
         method: How it was found, one of `METHODS` of class activation.
         activation: Where the evidence for it lies (H, W).
-        reached: Where what reaches the last map comes from (h, w), by attention rollout.
     """
 
     name: str
     method: str
     activation: Tensor
-    reached: Tensor
 
 
 def evidence(view: View, x: float, y: float, label: str | None = None, method: str = "grad_cam", stage: int | None = None) -> Evidence:
@@ -58,7 +55,7 @@ def evidence(view: View, x: float, y: float, label: str | None = None, method: s
     stage = finest_enough(view) if stage is None else stage
     activation = view.activation(target, method, stage)
     name += f"; by the {'x'.join(map(str, view.look.trace(stage, 1).size))} map of stage {stage}"
-    return Evidence(name, method, activation, view.look.on_image(rollout(view.look.traces)))
+    return Evidence(name, method, activation)
 
 
 def finest_enough(view: View) -> int:
@@ -67,14 +64,14 @@ def finest_enough(view: View) -> int:
 
 
 def evidence_panels(view: View, found: Evidence) -> list[Panel]:
-    """Both maps over the image in grey."""
+    """The evidence and the rollout over the image in grey."""
     method = found.method.replace("_", " ")
 
     def activation(axes: Axes) -> None:
         heat(axes, view.look, found.activation)
 
     def reached(axes: Axes) -> None:
-        heat(axes, view.look, found.reached)
+        heat(axes, view.look, view.look.reached)
 
     return [
         Panel(
@@ -112,7 +109,7 @@ def arrays(
     """
     trace = view.look.trace(stage, block)
     pixel = view.look.pixel(trace, x, y)
-    values = {"attention": trace.attention(*pixel, head=head), "rollout": view.look.on_image(rollout(view.look.traces))}
+    values = {"attention": trace.attention(*pixel, head=head), "rollout": view.look.reached}
     if found is not None:
         values[found.method] = found.activation
     if trace.has_points:

@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from .attention import Trace, tracing
+from .rollout import rollout
 
 PLACE = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.mixer$")
 
@@ -50,6 +52,11 @@ class Look:
         """
         self.trace(stage, 1)
         return {place: trace for place, trace in self.traces.items() if place[0] == stage}
+
+    @cached_property
+    def reached(self) -> Tensor:
+        """From where what reaches the last map comes, (h, w) of the first, by `rollout`; it does not depend on a query."""
+        return self.on_image(rollout(self.traces))
 
     def pixel(self, trace: Trace, x: float, y: float) -> tuple[int, int]:
         """Row and column of the map's pixel that a place of the image falls on.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .addresses import address_of, read_config
 from .base import BaseTask
-from .checkpointing import read_content, verify
+from .checkpointing import kind_of, read_content, verify
 from .classification import ClassificationTask
 
 T = TypeVar("T", bound=BaseTask)
@@ -41,6 +41,11 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
 def read_hyperparameters(checkpoint: Path) -> dict[str, Any]:
     """The arguments of the task that a checkpoint was saved from; raises what `read_run` raises."""
     return read_run(checkpoint)["hyper_parameters"]
+
+
+def kind_at(source: str | Path) -> str:
+    """What task a checkpoint, a shared folder or an address is of; raises what `read_content` raises."""
+    return "classification" if address_of(source) is not None else kind_of(read_content(Path(source)))
 
 
 def load_task(task: type[T], checkpoint: Path, device: str | torch.device = "cpu") -> T:

@@ -144,6 +144,16 @@ def last_figure(page):
     return page.locator("#results figure img").nth(3).get_attribute("src")
 
 
+def saved(page):
+    """The file of figures and arrays, downloaded."""
+    page.locator("#save").click()
+    link = page.locator("#saved a[href]").first
+    expect(link).to_be_visible()
+    with page.expect_download() as download:
+        link.click()
+    return download.value.path()
+
+
 def test_first_page_needs_no_network_and_no_knowledge(visit, address):
     page = visit()
     assert {url.split("/")[2] for url in page.requested if not url.startswith(("data:", "blob:"))} == {address.removeprefix("http://")}
@@ -343,12 +353,7 @@ def test_what_finds_nothing_is_saved_without_evidence(visit):
     page = visit()
     choose(page, "model", "boxes")
     expect(page.locator("#results")).to_contain_text("No evidence to show: nothing was found in the image.")
-    page.locator("#save").click()
-    link = page.locator("#saved a[href]").first
-    expect(link).to_be_visible()
-    with page.expect_download() as download:
-        link.click()
-    with zipfile.ZipFile(download.value.path()) as files:
+    with zipfile.ZipFile(saved(page)) as files:
         assert sorted(files.namelist()) == ["model-1/about.json", "model-1/arrays.npz", "model-1/attention.png"]
         assert json.loads(files.read("model-1/about.json"))["evidence"] == "none: nothing was found in the image"
 
@@ -358,12 +363,7 @@ def test_figures_and_arrays_are_saved(visit):
     choose(page, "other", "second")
     expect(page.locator("#results h2")).to_have_text(["first", "second"])
     wait_for(page, 12)
-    page.locator("#save").click()
-    link = page.locator("#saved a[href]").first
-    expect(link).to_be_visible()
-    with page.expect_download() as download:
-        link.click()
-    with zipfile.ZipFile(download.value.path()) as files:
+    with zipfile.ZipFile(saved(page)) as files:
         kinds = ("about.json", "arrays.npz", "attention.png", "evidence.png")
         about = json.loads(files.read("model-2/about.json"))
         assert sorted(files.namelist()) == [f"model-{number}/{kind}" for number in (1, 2) for kind in kinds]

@@ -15,7 +15,7 @@ from tasks_on_disk import CLASSES, random_task, save
 
 from debiformer.cli import exporting, main
 from debiformer.deploy.agreement import agreement
-from debiformer.deploy.formats import FORMATS
+from debiformer.deploy.example import load
 from debiformer.tasks.detection import DetectionTask
 from debiformer.tasks.segmentation import SegmentationTask
 
@@ -84,7 +84,7 @@ def test_onnx_of_a_classifier(classifier, photo, tmp_path, capsys):
     assert file.stat().st_size < 1.2 * sum(value.nbytes for value in task.model.state_dict().values())
 
     inputs = noise(5, 64, 64)
-    (found,) = FORMATS["onnx"].run(file)(inputs)
+    (found,) = load(file)[1](inputs)
     with torch.no_grad():
         expected = task(torch.from_numpy(inputs)).numpy()
     assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
@@ -106,7 +106,7 @@ def test_openvino_of_features_at_another_size(classifier, photo, tmp_path, capsy
     assert code == 0, said
     assert said.count("batch 6  stride_") == 4
     inputs = noise(3, 64, 96)
-    found = FORMATS["openvino"].run(file)(inputs)
+    found = load(file)[1](inputs)
     with torch.no_grad():
         expected = task.model.forward_intermediates(torch.from_numpy(inputs), intermediates_only=True)
     for map_found, map_expected in zip(found, expected, strict=True):
@@ -126,7 +126,7 @@ def test_torch_export_of_a_segmenter(segmenter, photo, tmp_path, capsys):
         here = str(Path(__file__).parents[2]).encode()
         assert not any(here in parts.read(name) for name in parts.namelist())
     inputs = noise(3, 64, 96)
-    (found,) = FORMATS["torch-export"].run(file)(inputs)
+    (found,) = load(file)[1](inputs)
     with torch.no_grad():
         expected = task(torch.from_numpy(inputs)).numpy()
     assert found.shape == (3, len(CLASSES), 64, 96)
@@ -148,13 +148,12 @@ def test_machine_code_of_a_classifier(classifier, photo, tmp_path, capsys):
 
 def test_a_file_that_disagrees_is_called_out(classifier, tmp_path, capsys, monkeypatch):
     _, checkpoint = classifier
-    form = FORMATS["torch-export"]
 
     def wrong(file):
-        run = form.run(file)
-        return lambda images: [out * np.float32(1.001) if out.dtype == np.float32 else out for out in run(images)]
+        description, run = load(file)
+        return description, lambda images: [out * np.float32(1.001) if out.dtype == np.float32 else out for out in run(images)]
 
-    monkeypatch.setitem(exporting.FORMATS, "torch-export", form._replace(run=wrong))
+    monkeypatch.setattr(exporting.example, "load", wrong)
     code, said = export(capsys, checkpoint, "--format", "torch-export", "--output", tmp_path / "model.pt2")
     assert code == 1
     assert "The file does NOT agree" in said
