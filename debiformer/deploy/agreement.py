@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +31,14 @@ class Agreement:
         return max(self.errors) <= TOLERANCE and not self.other
 
 
-def agreement(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], outputs: int) -> Agreement:
-    """Compare the outputs, the first so many, and behind them, if both have them, sorted routes and their affinities, layer by layer."""
-    errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found[:outputs], expected[:outputs], strict=True)]
+def agreement(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], outputs: int, rows: bool = False) -> Agreement:
+    """Compare the outputs, the first so many, and behind them, if both have them, sorted routes and their affinities, layer by layer.
+
+    With `rows`, the outputs are those of `Detections`, whose rows have no order where scores are alike.
+    """
+    compared: Any = [(a, b) for a, b in zip(found[:outputs], expected[:outputs], strict=True)]
+    compared = paired(*([pair[i] for pair in compared] for i in range(2))) if rows else compared
+    errors = [float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)) for a, b in compared]
     total = Agreement(errors)
     if len(found) == outputs:
         return total
@@ -44,3 +50,17 @@ def agreement(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], outpu
         total.tied += int((differ & ~apart).sum())
         total.other += int((differ & apart).sum())
     return total
+
+
+def paired(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The expected detections (boxes, labels, scores, masks), and for each the one found that has its label and the nearest box.
+
+    Those that are as unsure as the last that there is room for are left out: which of them there is room for is a matter of rounding.
+    """
+    scores = expected[2]
+    kept = scores > (scores[-1] * (1 + TOLERANCE) if scores[-1] > 0 else 0)
+    distance = np.abs(expected[0][kept][:, None] - found[0][None]).max(-1)
+    distance[expected[1][kept][:, None] != found[1][None]] = np.inf
+    distance[:, found[2] <= 0] = np.inf
+    nearest = distance.argmin(1)
+    return [(a[nearest], b[kept]) for a, b in zip(found, expected, strict=True)]

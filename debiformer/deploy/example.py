@@ -1,18 +1,21 @@
 """Run an exported model on an image: python THIS MODEL_FILE IMAGE
 
-Needs numpy, Pillow and what runs the file: onnxruntime for .onnx, openvino for .xml, torch for .pt2. The file says itself how it wants its
-images, and what its outputs mean.
+Needs numpy, Pillow and what runs the file: onnxruntime for .onnx, openvino for .xml, torch for .pt2 (and torchvision for detectors), a Mac
+and coremltools for .mlpackage. The file says itself how it wants its images, and what its outputs mean.
 """
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 KEY = "debiformer"  # under which files keep their description
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+LEAST = 64  # pixels of a side that models of any size take
+SURE = 0.3  # the score from which on a detection is told
 
 
 def load(file):
@@ -30,11 +33,21 @@ def load(file):
 
         core = openvino.Core()
         model = core.read_model(file)
-        # Its default precision is bfloat16 on CPUs that have it; with snippets, release 2026.4 gives wrong numbers at some sizes.
-        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "DISABLE"})
-        return json.loads(model.get_rt_info([KEY]).astype(str)), lambda images: [*compiled(images).values()]
+        description = json.loads(model.get_rt_info([KEY]).astype(str))
+        # Left to itself it takes bfloat16 on CPUs that have it; with snippets, release 2026.4 gives wrong numbers at some sizes.
+        hint = "bf16" if description["precision"] == "bfloat16" else "f32"
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "SNIPPETS_MODE": "DISABLE"})
+        return description, lambda images: [*compiled(images).values()]
+    if file.suffix == ".mlpackage":
+        import coremltools
+
+        package = coremltools.models.MLModel(str(file))
+        description = json.loads(package.user_defined_metadata[KEY])
+        return description, lambda images: [package.predict({"images": images})[name] for name in description["outputs"]]
     import torch
 
+    if find_spec("torchvision"):
+        import torchvision  # noqa: F401  # which knows the operations of detectors
     extra = {f"{KEY}.json": ""}
     try:  # a package of machine code
         run = torch._inductor.aoti_load_package(str(file))
@@ -46,29 +59,95 @@ def load(file):
 
 def prepare(image, description):
     """An image as the model wants it, (1, 3, H, W)."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    height, width = description["size"]
     filter = RESAMPLING[description["interpolation"]]
-    if description["crop_pct"] is None:
+    if description["task"] == "detection":
+        values = normalized(image, description)
+        fitting = fit(values.shape[1:], description)
+        values = stretched(values, *fitting)
+        height, width = description["size"] or (max(side, LEAST) for side in fitting)
+        return np.pad(values, ((0, 0), (0, height - fitting[0]), (0, width - fitting[1])))[None]
+    if description["size"] is None:
+        height, width = fit((image.height, image.width), description)
         image = image.resize((width, height), filter)
+    elif description["crop_pct"] is None:
+        image = image.resize(description["size"][::-1], filter)
     else:
-        down, across = (int(side / description["crop_pct"]) for side in (height, width))
-        if height == width:
-            short = min(image.size)
-            image = image.resize(tuple(down if side == short else int(down * side / short) for side in image.size), filter)
-        else:
-            ratio = min(image.height / down, image.width / across)
-            image = image.resize((round(image.width / ratio), round(image.height / ratio)), filter)
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        image = image.crop((left, top, left + width, top + height))
+        image = cropped(image, description["size"], description["crop_pct"], filter)
+    return np.ascontiguousarray(normalized(image, description)[None])
+
+
+def cropped(image, size, share, filter):
+    """The centre of an image that is resized first: the crop keeps this share of its shorter side."""
+    height, width = size
+    down, across = (int(side / share) for side in (height, width))
+    if height == width:
+        short = min(image.size)
+        image = image.resize(tuple(down if side == short else int(down * side / short) for side in image.size), filter)
+    else:
+        ratio = min(image.height / down, image.width / across)
+        image = image.resize((round(image.width / ratio), round(image.height / ratio)), filter)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def normalized(image, description):
+    """(3, H, W) in float32."""
     values = (np.asarray(image, dtype=np.float32) / 255 - np.float32(description["mean"])) / np.float32(description["std"])
-    return np.ascontiguousarray(values.transpose(2, 0, 1)[None])
+    return values.transpose(2, 0, 1)
+
+
+def fit(size, description):
+    """Height and width within the limits of the description, of the same proportions."""
+    short, long = description["short_side"], description["long_side"]
+    limits = [pixels / side for pixels, side in ((short, min(size)), (long, max(size))) if pixels]
+    if description["size"] is not None:
+        limits = [limit / side for limit, side in zip(description["size"], size, strict=True)]
+    by = min(limits, default=1.0)
+    if description["task"] == "detection":
+        return tuple(max(int(side * by), 1) for side in size)
+    return tuple(max(round(side * by), LEAST) for side in size)
+
+
+def stretched(values, height, width):
+    """Maps (C, H, W) at another size, bilinearly."""
+    for axis, count in ((1, height), (2, width)):
+        old = values.shape[axis]
+        at = np.clip((np.arange(count, dtype=np.float32) + 0.5) * np.float32(old / count) - 0.5, 0, None)
+        low = np.minimum(at.astype(int), old - 1)
+        share = (at - low).reshape((-1, 1) if axis == 1 else (1, -1))
+        values = values.take(low, axis) * (1 - share) + values.take(np.minimum(low + 1, old - 1), axis) * share
+    return values
+
+
+def pasted(mask, box, height, width):
+    """Which pixels (H, W) of an image belong to an object, from its mask over its box."""
+    scale = (len(mask) + 2) / len(mask)
+    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * scale
+    (x0, y0), (x1, y1) = (centre - half).astype(int), (centre + half).astype(int)
+    chances = stretched(np.pad(mask, 1)[None], max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))[0]
+    inside = np.zeros((height, width), dtype=bool)
+    top, left = max(y0, 0), max(x0, 0)
+    part = chances[top - y0 : height - y0, left - x0 : width - x0] > 0.5
+    inside[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return inside
+
+
+def objects(outputs, image, description):
+    """Detections: label, score, box in pixels of the image, and mask (H, W) or None, the surest first."""
+    boxes, labels, scores, *masks = outputs
+    height, width = fit((image.height, image.width), description)
+    scale = np.array([image.width / width, image.height / height] * 2, dtype=np.float32)
+    for row in np.flatnonzero(scores > 0):
+        box = boxes[row] * scale
+        mask = pasted(masks[0][row], box, image.height, image.width) if masks else None
+        yield description["class_names"][labels[row]], scores[row], box, mask
 
 
 def main(file, picture):
-    """Print what the model finds; a mask is written beside the image."""
+    """Print what the model finds; masks and boxes are drawn into a picture beside the image."""
     description, run = load(Path(file))
-    outputs = run(prepare(Image.open(picture), description))
+    image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
+    outputs = run(prepare(image, description))
     names = description["class_names"]
     if description["task"] == "classification":
         chances = np.exp(outputs[0][0] - outputs[0][0].max())
@@ -76,11 +155,22 @@ def main(file, picture):
         for label in np.argsort(-chances)[:5]:
             print(f"{chances[label]:.4f}  {names[label]}")
     elif description["task"] == "segmentation":
-        mask = outputs[0][0].argmax(0).astype(np.uint8)
+        mask = stretched(outputs[0][0], image.height, image.width).argmax(0).astype(np.uint8)
         written = Path(picture).with_suffix(".mask.png")
         Image.fromarray(mask).save(written)
         for label, pixels in zip(*np.unique(mask, return_counts=True), strict=True):
             print(f"{pixels / mask.size:.4f}  {names[label]}")
+        print(f"written  {written}")
+    elif description["task"] == "detection":
+        drawn = image.copy()
+        for name, score, box, mask in objects(outputs, image, description):
+            if score >= SURE:
+                print(f"{score:.4f}  {name}  {' '.join(f'{value:.1f}' for value in box)}")
+                if mask is not None:
+                    drawn.paste((255, 0, 0), mask=Image.fromarray(mask * np.uint8(96)))
+                ImageDraw.Draw(drawn).rectangle([float(value) for value in box], outline=(255, 0, 0))
+        written = Path(picture).with_suffix(".found.png")
+        drawn.save(written)
         print(f"written  {written}")
     else:
         for name, values in zip(description["outputs"], outputs, strict=True):

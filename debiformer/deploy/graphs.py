@@ -1,4 +1,4 @@
-"""A model as a graph for one size of images and any number of them, and what its outputs are."""
+"""A model as a graph, for one size of images or any, and what its file is to say of itself."""
 
 import json
 from copy import deepcopy
@@ -10,11 +10,16 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
+from torch.fx.experimental import _config as config
 
+from ..models.detector import Detector
 from ..ops.observation import watch
+from .detections import Detections
 
 BATCH = Dim("batch", min=1, max=65536)
+SIDE = Dim.DYNAMIC(min=64, max=16384)  # pixels of a side, where any will do
 EXAMPLES = 2  # images that are traced: one alone would fix the batch
+EXAMPLE_SIZE = (224, 288)  # of graphs for any size: sides that are not alike
 
 
 @dataclass(frozen=True)
@@ -22,24 +27,34 @@ class Description:
     """What a file says of itself, so that it can be run by whoever finds it.
 
     Attributes:
-        task: "classification", "features" or "segmentation".
+        task: "classification", "features", "segmentation" or "detection".
         outputs: A name for each.
-        size: Height and width of its images.
+        size: Height and width that images are brought to; None where they keep theirs, within the limits of `short_side` and `long_side`.
+        any_size: Whether other sizes, of at least 64 pixels a side, are taken too.
+        one_image: Whether images are taken one at a time only, as by detectors.
+        short_side: Pixels that the shorter side gets, unless the longer would have more than `long_side`; None for no limit.
+        long_side: See there.
         mean: Of the channels red, green and blue, for values from 0 to 1; inputs are (value - mean) / std.
         std: See there.
-        crop_pct: Share of the resized image's shorter side that the crop keeps; None where the image is resized to `size` as it is.
-        interpolation: How it is resized.
-        class_names: Of the logits; none for features.
+        crop_pct: Share of the resized image's shorter side that the crop keeps; None where nothing is cropped.
+        interpolation: How images are resized.
+        precision: Of the weights, and where the format has it of the arithmetic.
+        class_names: Of the logits or labels; none for features.
         version: Of this library.
     """
 
     task: str
     outputs: tuple[str, ...]
-    size: tuple[int, int]
+    size: tuple[int, int] | None
+    any_size: bool
+    one_image: bool
+    short_side: int | None
+    long_side: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float | None
     interpolation: str
+    precision: str
     class_names: tuple[str, ...]
     version: str
 
@@ -71,35 +86,45 @@ class Outputs(nn.Module):
                 chosen = (queries @ keys.transpose(1, 2)).gather(2, arguments["routes"])
                 found.extend(values.sort(dim=-1).values for values in (arguments["routes"], chosen))
 
+        images = images.to(next(self.model.parameters()).dtype)
         with watch(keep if self.routes else None):
             maps: Any = self.model
             out = maps.forward_intermediates(images, intermediates_only=True) if self.features else self.model(images)
-        return (*(out if isinstance(out, list | tuple) else (out,)), *found)
+        given = (*(out if isinstance(out, list | tuple) else (out,)), *found)
+        return tuple(value.float() if value.is_floating_point() else value for value in given)
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose norms are folded into convolutions where they can be, exactly."""
-    return reparameterize_model(deepcopy(model).cpu().float().eval().requires_grad_(False))
+    """A copy in evaluation mode whose norms are folded into convolutions where they can be, exactly; of a detector, as `Detections`."""
+    model = reparameterize_model(deepcopy(model).cpu().float().eval().requires_grad_(False))
+    return Detections(model).eval() if isinstance(model, Detector) else model
 
 
 @torch.no_grad()
-def graph(model: Outputs, size: tuple[int, int]) -> ExportedProgram:
-    """The graph of a model for images (B, 3, *size), for any B."""
-    return traced(model.eval(), torch.zeros(EXAMPLES, 3, *size))
+def graph(model: Outputs, description: Description) -> ExportedProgram:
+    """The graph of a model for images of the described size, or of any."""
+    height, width = EXAMPLE_SIZE if description.any_size or description.size is None else description.size
+    return traced(model.eval(), torch.zeros(1 if description.one_image else EXAMPLES, 3, height, width), description)
 
 
 @torch.no_grad()
-def first_outputs(program: ExportedProgram, outputs: int) -> ExportedProgram:
+def first_outputs(program: ExportedProgram, description: Description, outputs: int) -> ExportedProgram:
     """A graph of the first outputs of a graph."""
     if len(program.graph_signature.user_outputs) == outputs:
         return program
     (example,), _ = program.example_inputs
-    return traced(_First(program.module(), outputs), example)
+    return traced(_First(program.module(check_guards=False), outputs), example, description)
 
 
-def traced(module: nn.Module, example: Tensor) -> ExportedProgram:
-    """The graph of a module for any number of images, without the lines of code, and their places on this disk, that it came from."""
-    program = torch.export.export(module, (example,), dynamic_shapes=({0: BATCH},), strict=False)
+def traced(module: nn.Module, example: Tensor, description: Description) -> ExportedProgram:
+    """The graph of a module, without the lines of code, and their places on this disk, that it came from."""
+    free: dict[int, Any] = {} if description.one_image else {0: BATCH}
+    free |= {2: SIDE, 3: SIDE} if description.any_size else {}
+    # What is said of sizes that are traced must hold for those that are not, such as maps of a single row.
+    with config.patch(backed_size_oblivious=description.any_size):  # type: ignore[attr-defined]  # added when it is imported
+        program = torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
+    if description.any_size:
+        program._guards_code.clear()  # these tell layouts of the example in memory, on which no value depends
     for part in program.graph_module.modules():
         if isinstance(part, GraphModule):
             for node in part.graph.nodes:

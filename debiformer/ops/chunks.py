@@ -25,6 +25,11 @@ def is_compiling_inference() -> bool:
     return is_compiling() and not torch.is_grad_enabled()
 
 
+def settled(x: Tensor) -> Tensor:
+    """`x` itself; a contiguous copy in an exported graph, where views of it must not depend on how it lies in memory here."""
+    return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else x
+
+
 def over_chunks(attend: Callable[[slice], Tensor], rows: int, elements_per_row: int, dim: int, *inputs: Tensor) -> Tensor:
     """`attend(slice(rows))`, computed and concatenated along `dim` in chunks of rows where the intermediates are large; exact.
 

@@ -1,9 +1,9 @@
 """Attention of every query to every key."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .chunks import settled
 from .observation import report
 
 
@@ -14,8 +14,5 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """PyTorch's own attention, with a layout in exported graphs that does not depend on which of its kernels ran."""
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    if torch.compiler.is_exporting():  # views of this kernel's strides would not be views of another's
-        return out.clone(memory_format=torch.contiguous_format)
-    return out
+    """PyTorch's own attention, each of whose kernels gives another layout."""
+    return settled(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale))

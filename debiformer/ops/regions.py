@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .chunks import is_compiling
+from .chunks import is_compiling, settled
 
 Grid = tuple[int, int]  # (rows, columns)
 
@@ -55,7 +55,7 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     if is_compiling() and not (statically_known_true(below == 0) and statically_known_true(right == 0)):
         # A slice is contiguous or not: a graph with it would not serve every size.
         return F.pad(x.contiguous(), (0, 0, 0, -right, 0, -below))
-    return x[:, :height, :width]
+    return settled(x.narrow(1, 0, height).narrow(2, 0, width))
 
 
 def partition(x: Tensor, grid: Grid) -> Tensor:
@@ -88,7 +88,7 @@ def merge(regions: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
 
 def _swapped(tiles: Tensor) -> Tensor:
     """(B, i, j, k, m, C) -> (B, i * k, j * m, C)."""
-    return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return settled(tiles.transpose(2, 3)).flatten(3, 4).flatten(1, 2)
 
 
 def _unshared(output: Tensor, given: Tensor) -> Tensor:
