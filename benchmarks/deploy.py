@@ -1,14 +1,14 @@
-"""Deployed models: ONNX Runtime and OpenVINO against the twin and eager mode, on the same weights, on the CPU in float32.
+"""Exported models on the CPU: every format, against eager mode, the twin, and timm's models in the same formats.
 
-python benchmarks/deploy.py [--models NAME ...] [--batches N ...] [--only PATH ...] [--compiled]
+python benchmarks/deploy.py [--models NAME ...] [--peers NAME ...] [--batches N ...] [--threads N ...] [--paths PATH ...]
 
-Graphs are exported once, for fixed sizes and from the model with its norms folded. Every comparison runs in a fresh process, with glibc's
-allocator as it is and tuned; its paths are alternated, and medians compared. "OpenVINO, by image" serves a batch as single images, one on
-each core: nothing then waits for another core, and an image stays in its cache. Errors are those against the eager model in float64.
+Files are made as `debiformer export` makes them, for one size and any number of images. All paths of all models are alternated in one
+process for each batch size, number of threads and allocator (glibc's as it is, and tuned), and medians compared. "OpenVINO, fixed" is told
+the batch size before it compiles; "by image" serves a batch as single images, one on each core. Errors are those against the eager model
+in float64; int8 takes its ranges from noise here, so that only its time means anything.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,32 +17,66 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from fresh import ALLOCATORS, answer, call
-from models import ratios
 from pairs import TOLERANCE, images, pair, relative_error
 from record import save
 from torch import Tensor, nn
 
 from debiformer.cli import bench
+from debiformer.deploy.formats import FORMATS
+from debiformer.deploy.graphs import Description, Outputs, folded, graph
+from debiformer.deploy.quantization import quantize
+from debiformer.models.pyramid import Pyramid
 
 Run = Callable[[], Tensor]
 
 PACKAGES = {"onnx": "ONNX Runtime", "onnxscript": "ONNX Runtime", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-FORMATS = {"ONNX Runtime": "onnx", "OpenVINO": "xml"}
+FILES = {  # path: which file it runs, as a format and a precision
+    "torch.export": ("torch-export", "float32"),
+    "AOTInductor": ("aoti", "float32"),
+    "ONNX Runtime": ("onnx", "float32"),
+    "ONNX Runtime, int8": ("onnx", "int8"),
+    "OpenVINO": ("openvino", "float32"),
+    "OpenVINO, fixed": ("openvino", "float32"),
+    "OpenVINO, by image": ("openvino", "float32"),
+    "OpenVINO, bfloat16": ("openvino", "bfloat16"),
+}
+USUAL = [path for path in FILES if path != "AOTInductor"]  # which takes minutes for each model
 
 
-def export(name: str, batch: int, path: str, folder: str) -> float:
-    """Write the graph of a preset for `path` into the folder; returns the seconds it took."""
-    model, x = pair(name)[0].fuse_for_inference(), images(batch)
-    start = time.perf_counter()
-    write(model, x, path, graph(folder, name, batch, path))
-    return time.perf_counter() - start
+def file_of(folder: str, model: str, form: str, precision: str) -> Path:
+    """Where `export` writes."""
+    return Path(folder, f"{model}_{form}_{precision}{FORMATS[form].suffix}")
+
+
+def export(model: str, forms: list[tuple[str, str]], folder: str, size: int) -> dict[str, float]:
+    """Write a preset or a timm model in these formats and precisions; the seconds that each took."""
+    outputs = Outputs(folded(made(model)))
+    took = {}
+    for form, precision in forms:
+        start = time.perf_counter()
+        description = Description(
+            "classification", ("logits",), (size, size), False, False, None, None, (0.0,) * 3, (1.0,) * 3, 1.0, "bicubic", precision, (), ""
+        )
+        file = file_of(folder, model, form, precision)
+        FORMATS[form].save(FORMATS[form].convert(graph(outputs, description), description), file, description, 1)
+        if precision == "int8":
+            quantize(file, [images(4, size).numpy()])
+        took[f"{form} {precision}"] = time.perf_counter() - start
+    return took
+
+
+def made(name: str) -> nn.Module:
+    """A model with seeded weights in evaluation mode."""
+    torch.manual_seed(0)
+    return timm.create_model(name).eval()
 
 
 @torch.no_grad()
 def write(model: nn.Module, x: Tensor, path: str, file: str) -> None:
-    """Write the graph of a model for `path`, for images of this shape."""
+    """Write the graph of a model for images of this shape and no other."""
     if path == "ONNX Runtime":
         torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False).save(file)
     else:
@@ -51,11 +85,6 @@ def write(model: nn.Module, x: Tensor, path: str, file: str) -> None:
         # Without the shapes all of the graph would be dynamic.
         converted = openvino.convert_model(torch.export.export(model, (x,)), input=[tuple(x.shape)])
         openvino.save_model(converted, file, compress_to_fp16=False)
-
-
-def graph(folder: str, name: str, batch: int, path: str) -> str:
-    """Where `export` writes."""
-    return str(Path(folder, f"{name}_{batch}.{FORMATS[path]}"))
 
 
 def in_onnx_runtime(file: str, x: Tensor, threads: int) -> Run:
@@ -70,14 +99,18 @@ def in_onnx_runtime(file: str, x: Tensor, threads: int) -> Run:
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def in_openvino(file: str, x: Tensor, threads: int, streams: int = 1) -> Run:
-    """The graph in OpenVINO: batches of the graph's own size, spread over this many streams."""
+def in_openvino(file: str, x: Tensor, threads: int, streams: int = 1, batch: int | None = None, precision: str = "f32") -> Run:
+    """The graph in OpenVINO, spread over this many streams in batches of `batch`, which it is told before; None leaves it open."""
     from openvino import AsyncInferQueue, Core
 
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams}
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams}
     options["SNIPPETS_MODE"] = "DISABLE"  # with them, OpenVINO 2026.4 gives wrong numbers at some sizes
-    compiled = Core().compile_model(file, "CPU", options)
-    parts = x.split(compiled.input(0).shape[0])
+    core = Core()
+    model = core.read_model(file)
+    if batch is not None:
+        model.reshape([batch, *x.shape[1:]])
+    compiled = core.compile_model(model, "CPU", options)
+    parts = x.split(batch or len(x))
     queue = AsyncInferQueue(compiled, streams)
     out: list[Tensor] = [torch.empty(0)] * len(parts)
     queue.set_callback(lambda request, i: out.__setitem__(i, torch.from_numpy(request.get_output_tensor(0).data.copy())))
@@ -91,34 +124,67 @@ def in_openvino(file: str, x: Tensor, threads: int, streams: int = 1) -> Run:
     return run
 
 
-def measure(name: str, batch: int, paths: list[str], folder: str, compiled: bool, threads: int, rounds: int) -> dict[str, Any]:
-    """One model at one batch size, in this process.
+def in_torch(file: Path, x: Tensor) -> Run:
+    """A file of PyTorch's; in machine code where it holds that."""
+    if "_aoti_" in file.name:
+        run: Any = torch._inductor.aoti_load_package(str(file))
+    else:
+        run = torch.export.load(file).module()
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return run(x)[0]
+
+    return call
+
+
+def running(path: str, file: Path, x: Tensor, threads: int) -> Run:
+    """What runs a file on these images."""
+    if path.startswith("ONNX Runtime"):
+        return in_onnx_runtime(str(file), x, threads)
+    if path == "OpenVINO, by image":
+        return in_openvino(str(file), x, threads, streams=threads, batch=1)
+    if path.startswith("OpenVINO"):
+        fixed = len(x) if path == "OpenVINO, fixed" else None
+        return in_openvino(str(file), x, threads, batch=fixed, precision="bf16" if "bfloat16" in path else "f32")
+    return in_torch(file, x)
+
+
+def measure(models: list[str], batch: int, paths: list[str], folder: str, threads: int, rounds: int, size: int) -> list[dict[str, Any]]:
+    """All paths of all models at one batch size, in this process.
 
     Raises:
-        RuntimeError: If the output of a path is not that of the model.
+        RuntimeError: If the output of a path in float32 is not that of the model.
     """
     torch.set_num_threads(threads)
-    model, twin = pair(name)
-    x = images(batch)
-    forms: dict[str, nn.Module] = {"twin": twin, "eager": model, "eager, fused": deepcopy(model).fuse_for_inference()}
-    if compiled:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)  # its first call compiles everything anew
-        forms["compiled by blocks"] = deepcopy(model).fuse_for_inference().compile_blocks()
-    runs: dict[str, Run] = {form: bench.inference(m, x) for form, m in forms.items()}
-    if "ONNX Runtime" in paths:
-        runs["ONNX Runtime"] = in_onnx_runtime(graph(folder, name, batch, "ONNX Runtime"), x, threads)
-    if "OpenVINO" in paths:
-        runs["OpenVINO"] = in_openvino(graph(folder, name, batch, "OpenVINO"), x, threads)
-        if batch > 1:
-            runs["OpenVINO, by image"] = in_openvino(graph(folder, name, 1, "OpenVINO"), x, threads, streams=threads)
-    took = {path: bench.seconds_of(run) for path, run in runs.items()}
-    times = ratios(bench.alternate(runs, rounds, progress=True), "twin")
+    x = images(batch, size)
+    runs: dict[tuple[str, str], Run] = {}
+    eager: dict[str, nn.Module] = {}
+    for name in models:
+        eager[name] = made(name)
+        if isinstance(eager[name], Pyramid):
+            eager[name], twin = pair(name)
+            runs[name, "twin"] = bench.inference(twin, x)
+        runs[name, "eager"] = bench.inference(eager[name], x)
+        for path in paths:
+            if batch > 1 or path != "OpenVINO, by image":
+                runs[name, path] = running(path, file_of(folder, name, *FILES[path]), x, threads)
+    seconds = bench.alternate({f"{name}: {path}": run for (name, path), run in runs.items()}, rounds, progress=True)
+    rows = []
     with torch.no_grad():  # after the timing: what it frees would change how glibc allocates from then on
-        exact = deepcopy(model).double()(x.double())
-    errors = {path: relative_error(run(), exact) for path, run in runs.items()}
-    if max(errors.values()) > TOLERANCE:
-        raise RuntimeError(f"{name}, batch {batch}: outputs differ from those of the model in float64, relative L2 {errors}")
-    return {"times": times, "errors": errors, "first calls": took}
+        exact = {name: deepcopy(model).double()(x.double()) for name, model in eager.items()}
+    for name, path in runs:
+        took = seconds[f"{name}: {path}"]
+        error = relative_error(runs[name, path](), exact[name])
+        if error > TOLERANCE and "int8" not in path and "bfloat16" not in path:
+            raise RuntimeError(f"{name}, {path}, batch {batch}: output differs from that of the model in float64 by {error:.1e}")
+        row = {"model": name, "batch": batch, "threads": threads, "path": path, "ms": 1000 * took, "images/s": batch / took}
+        row["x twin"] = seconds[f"{name}: twin"] / took if (name, "twin") in runs else None
+        row["x eager"] = seconds[f"{name}: eager"] / took
+        for peer in (peer for peer in models if (peer, "twin") not in runs):
+            row[f"x {peer}"] = seconds[f"{peer}: {path}"] / took if (peer, path) in runs else None
+        rows.append(row | {"error": error})
+    return rows
 
 
 def act(task: str, **case: Any) -> Any:
@@ -128,45 +194,39 @@ def act(task: str, **case: Any) -> Any:
 
 def check_packages(paths: list[str]) -> None:
     """Raise a ModuleNotFoundError that says how to install what these paths need."""
-    missing = [package for package, path in PACKAGES.items() if path in paths and not find_spec(package)]
+    missing = [package for package, path in PACKAGES.items() if any(asked.startswith(path) for asked in paths) and not find_spec(package)]
     if missing:
         raise ModuleNotFoundError(f"{' and '.join(paths)} need what is not installed: pip install {' '.join(missing)}")
 
 
 def main() -> None:
-    """Every model at every batch size, with both allocators."""
+    """Every batch size and number of threads, with both allocators."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["debiformer_tiny", "debiformer_small", "debiformer_base"])
+    parser.add_argument("--models", nargs="+", default=["debiformer_tiny", "debiformer_small"])
+    parser.add_argument("--peers", nargs="*", default=["convnext_tiny", "swin_tiny_patch4_window7_224"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--only", nargs="+", choices=FORMATS, default=list(FORMATS), help="of the engines")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile as well, which takes minutes")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--paths", nargs="+", choices=FILES, default=USUAL)
+    parser.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS))
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
-    check_packages(options.only)
+    check_packages(options.paths)
+    models = [*options.models, *options.peers]
+    forms = list(dict.fromkeys(FILES[path] for path in options.paths))
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.models:
-            needed = [(path, batch) for path in options.only for batch in {*options.batches, *([1] if path == "OpenVINO" else [])}]
-            took = {
-                (path, batch): call(__file__, dict(task="export", name=name, batch=batch, path=path, folder=folder))
-                for path, batch in needed
-            }
-            for batch in options.batches:
-                for allocator in ALLOCATORS:
-                    case = dict(task="measure", name=name, batch=batch, paths=options.only, folder=folder)
-                    case |= dict(compiled=options.compiled, threads=options.threads, rounds=options.rounds)
-                    found = call(__file__, case, allocator)
-                    rows = [
-                        {"model": name, "batch": batch, "allocator": allocator, "path": path, "ms": found["times"][f"{path} ms"]}
-                        | {"x twin": found["times"].get(f"{path} x", 1.0), "error": error}
-                        | {"export s": took.get((path.split(",")[0], 1 if "by image" in path else batch), 0.0)}
-                        | {"first call s": found["first calls"][path]}
-                        for path, error in found["errors"].items()
-                    ]
+        took = {name: call(__file__, dict(task="export", model=name, forms=forms, folder=folder, size=options.size)) for name in models}
+        for batch in options.batches:
+            for threads in options.threads:
+                for allocator in options.allocators:
+                    case = dict(task="measure", models=models, batch=batch, paths=options.paths, folder=folder)
+                    case |= dict(threads=threads, rounds=options.rounds, size=options.size)
+                    rows = [{"allocator": allocator} | row for row in call(__file__, case, allocator)]
                     print(f"\n{bench.table(rows)}", flush=True)
                     results += rows
-                    save("deploy", results, packages=[package for package, path in PACKAGES.items() if path in options.only])
+                    found = {"export seconds": took, "rows": results}
+                    save("deploy", found, packages=[package for package, path in PACKAGES.items() if path in options.paths])
 
 
 if __name__ == "__main__":

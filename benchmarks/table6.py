@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from deploy import FORMATS, PACKAGES, Run, check_packages, in_onnx_runtime, in_openvino, write
+from deploy import PACKAGES, Run, check_packages, in_onnx_runtime, in_openvino, write
 from fresh import answer, call
 from pairs import TOLERANCE, images, relative_error
 from record import save
@@ -24,6 +24,7 @@ from debiformer.cli import bench
 from debiformer.cli.papers import ABLATED, RELEASED_TOPK, TOPK
 
 KEYS = {"ONNX Runtime": "onnxruntime", "OpenVINO": "openvino"}
+SUFFIXES = {"ONNX Runtime": "onnx", "OpenVINO": "xml"}
 
 
 def measure(model: str, rows: list[dict[str, list[int]]], path: str, threads: int, rounds: int) -> list[float]:
@@ -40,7 +41,7 @@ def measure(model: str, rows: list[dict[str, list[int]]], path: str, threads: in
             bench.tell(f"exporting {row} for {path}")
             torch.manual_seed(0)
             network = timm.create_model(model, **row).eval().fuse_for_inference()
-            file = str(Path(folder, f"{i}.{FORMATS[path]}"))
+            file = str(Path(folder, f"{i}.{SUFFIXES[path]}"))
             write(network, x, path, file)
             runs[str(row)] = (in_onnx_runtime if path == "ONNX Runtime" else in_openvino)(file, x, threads)
             with torch.no_grad():

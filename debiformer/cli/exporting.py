@@ -21,7 +21,7 @@ from ..data.blood_cells import whole_images
 from ..data.images import find_images, read_image
 from ..deploy import example
 from ..deploy.agreement import TOLERANCE, Agreement, agreement
-from ..deploy.formats import FORMATS, Format
+from ..deploy.formats import FORMATS, Format, coreml_interface
 from ..deploy.graphs import Description, Outputs, folded, graph
 from ..deploy.quantization import quantize
 from ..tasks.detection import DetectionTask
@@ -50,7 +50,8 @@ def run(arguments: list[str]) -> int:
     calibration = find_images(options.calibration) if options.calibration else []
     model, description = read(options.checkpoint, form, options)
     begin = time.perf_counter()
-    outputs = Outputs(folded(model), options.features, routes=form.routes and form.runs_here)
+    routes = form.routes and description.precision != "int8"  # which is made of a file of its own
+    outputs = Outputs(folded(model), options.features, routes)
     size = "x".join(map(str, description.size)) if description.size else "any size"
     more = ", or any other," if description.any_size and description.size else ""
     print(
@@ -70,7 +71,7 @@ def run(arguments: list[str]) -> int:
         if calibration and description.task != "features":
             print_alike(file, description, outputs, calibration)
     else:
-        print(f"unchecked  {options.format} runs on Macs only: its numbers were not compared")
+        print(f"not compared  {options.format} runs on Macs only; the file maps {coreml_interface(file)}")
     print(f"written  {file} in {time.perf_counter() - begin:.0f} s; run it without this library: python {runner} {file} IMAGE")
     if not holds:
         print("The file does NOT agree with the model that it was made from: do not deploy it before you know why.")

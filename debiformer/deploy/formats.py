@@ -68,13 +68,10 @@ def save_onnx(made: Any, file: Path, description: Description, outputs: int) -> 
         made.save(file)
         return
     import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-    onnx.save(convert_float_to_float16(made.model_proto, keep_io_types=True, op_block_list=WHOLE), file)
-
-
-# Operators that keep float32 in float16 files: points would be blurred by pixels, and suppression is defined for nothing else.
-WHOLE = ["GridSample", "NonMaxSuppression", "RoiAlign", "TopK", "Resize", "Range"]
+    kept = [*DEFAULT_OP_BLOCK_LIST, "GridSample"]  # which reads between pixels, and must know where
+    onnx.save(convert_float_to_float16(made.model_proto, keep_io_types=True, op_block_list=kept), file)
 
 
 def to_openvino(program: ExportedProgram, description: Description) -> Any:
@@ -121,12 +118,14 @@ def to_coreml(program: ExportedProgram, description: Description) -> Any:
     """An ML program, by Apple's converter, which takes no number of images but one."""
     import coremltools
 
+    logging.getLogger("coremltools").setLevel(logging.ERROR)  # it tells of each index that it makes an int32
     program = program.run_decompositions({})
     for node in list(program.graph.nodes):
         if node.target is torch.ops.aten.alias.default:  # unknown to it
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
-    precision = coremltools.precision.FLOAT16 if description.precision == "float16" else coremltools.precision.FLOAT32
+    half = coremltools.transform.FP16ComputePrecision(lambda operation: operation.op_type != "resample")  # as for ONNX
+    precision = half if description.precision == "float16" else coremltools.precision.FLOAT32
     outputs = [coremltools.TensorType(name=name) for name in description.outputs]
     target = coremltools.target.iOS17
     return coremltools.convert(program, outputs=outputs, minimum_deployment_target=target, compute_precision=precision)
@@ -136,6 +135,18 @@ def save_coreml(made: Any, file: Path, description: Description, outputs: int) -
     """A folder, as Core ML has it."""
     made.user_defined_metadata[KEY] = description.json()
     made.save(str(file))
+
+
+def coreml_interface(file: Path) -> str:
+    """What goes into a saved ML program and comes out of it, and its operations, in words."""
+    import coremltools
+
+    spec = coremltools.utils.load_spec(str(file))
+    (images,) = spec.description.input
+    (block,) = spec.mlProgram.functions["main"].block_specializations.values()
+    operations = sum(operation.type != "const" for operation in block.operations)
+    shape = "x".join(map(str, images.type.multiArrayType.shape))
+    return f"{images.name} {shape} to {', '.join(out.name for out in spec.description.output)} in {operations} operations"
 
 
 FORMATS = {

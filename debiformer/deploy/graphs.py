@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental import _config as config
 
 from ..models.detector import Detector
+from ..models.segmenter import Segmenter
 from ..ops.observation import watch
 from .detections import Detections
 
@@ -96,7 +97,9 @@ class Outputs(nn.Module):
 
 def folded(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose norms are folded into convolutions where they can be, exactly; of a detector, as `Detections`."""
-    model = reparameterize_model(deepcopy(model).cpu().float().eval().requires_grad_(False))
+    model = deepcopy(model).cpu().float().eval().requires_grad_(False)
+    network: Any = model.backbone.maps.model if isinstance(model, Segmenter | Detector) else model
+    reparameterize_model(network, inplace=True)  # not of a head, whose part that fuses maps timm would call
     return Detections(model).eval() if isinstance(model, Detector) else model
 
 
