@@ -12,6 +12,28 @@ def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
     return x if x.shape[2:] == torch.Size(size) else F.interpolate(x, size=tuple(size), mode="bilinear")
 
 
+class AveragePool(nn.Module):
+    """A map (B, C, H, W) in `size` x `size` averages: `AdaptiveAvgPool2d`, which exported graphs have for one H and W only."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            return F.adaptive_avg_pool2d(x, self.size)
+        rows, columns = (self.shares(n, x) for n in x.shape[2:])
+        return rows @ x @ columns.T
+
+    def shares(self, length: int, x: Tensor) -> Tensor:
+        """What each of `length` pixels adds to each average, (size, length); neighbours share a pixel where `size` does not divide."""
+        first = torch.arange(self.size, device=x.device) * length
+        pixel = torch.arange(length, device=x.device)
+        start, end = first // self.size, (first + length + self.size - 1) // self.size
+        inside = (pixel >= start[:, None]) & (pixel < end[:, None])
+        return inside.to(x.dtype) / (end - start)[:, None].to(x.dtype)
+
+
 class PixelClassifier(nn.Conv2d):
     """A map (B, C, H, W) to logits (B, num_classes, H, W): a 1x1 convolution behind dropout of whole channels.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from .pixels import PixelClassifier, enlarge
+from .pixels import AveragePool, PixelClassifier, enlarge
 
 
 class UPerNetHead(nn.Module):
@@ -34,9 +34,7 @@ class UPerNetHead(nn.Module):
         super().__init__()
         coarsest = in_channels[-1]
         self.averages = 1 in pool_sizes
-        self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), Conv2dNormActivation(coarsest, channels, 1)) for size in pool_sizes
-        )
+        self.pools = nn.ModuleList(nn.Sequential(AveragePool(size), Conv2dNormActivation(coarsest, channels, 1)) for size in pool_sizes)
         self.bottleneck = Conv2dNormActivation(coarsest + len(pool_sizes) * channels, channels, 3)
         self.lateral = nn.ModuleList(Conv2dNormActivation(c, channels, 1) for c in in_channels[:-1])
         self.smooth = nn.ModuleList(Conv2dNormActivation(channels, channels, 3) for _ in in_channels[:-1])
