@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test thorough check browser docs timm-tests clean
+.PHONY: quickstart test thorough check browser docs dist timm-tests clean
 
 quickstart: $(VENV)/usable ## train, test and explain a small model on bundled images
 	$(BIN)/debiformer quickstart
@@ -18,6 +18,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile
 
 # One that is there, or playwright's own, or as root that of the system.
 browser: $(VENV)/ready ## a Chromium for the tests of the explorer
@@ -28,6 +29,11 @@ browser: $(VENV)/ready ## a Chromium for the tests of the explorer
 docs: $(VENV)/ready ## the pages, into site/
 	$(BIN)/pip install -q -e ".[docs]"
 	$(BIN)/mkdocs build --strict
+
+dist: $(VENV)/ready ## the source archive and the wheel, built from it, in dist/; the quickstart runs in an empty environment
+	rm -rf dist
+	$(BIN)/python -m build
+	PYTHON=$(PYTHON) scripts/try_wheel.sh dist/*.whl
 
 timm-tests: $(VENV)/ready ## timm's own tests on our presets: make timm-tests TIMM=path/to/a/timm/checkout
 	cd $(TIMM) && $(abspath $(BIN))/python -m pytest tests/test_models.py -p debiformer -k "(debiformer or biformer) and not torchscript"
@@ -43,4 +49,4 @@ $(VENV)/ready: $(VENV)/usable
 	touch $@
 
 clean:
-	rm -rf $(VENV) site runs
+	rm -rf $(VENV) dist site runs

@@ -17,6 +17,7 @@ EXTRAS = {
     "train": ("lightning", "jsonargparse", "torchmetrics", "tensorboard", "rich", "faster_coco_eval"),
     "explain": ("matplotlib", "pytorch_grad_cam"),
     "app": ("gradio",),
+    "serve": ("starlette", "uvicorn", "prometheus_client"),
 }
 
 
@@ -39,6 +40,7 @@ COMMANDS = {
     "explain": Command("show where a checkpoint looks in an image: --checkpoint CKPT IMAGE", "explaining:run", ("train", "explain")),
     "app": Command("explore in a browser where checkpoints look: [CKPT ...]", "exploring:run", ("train", "explain", "app")),
     "export": Command("a checkpoint as a file that runs without this library: CKPT --format onnx", "exporting:run", ("train",)),
+    "serve": Command("a classifier behind HTTP, with batches, limits and metrics: CKPT --port 8000", "serving:run", ("train", "serve")),
     "average": Command("average the weights of checkpoints: CKPT CKPT... --output FILE.ckpt", "average:run", ("train",)),
     "share": Command("a checkpoint as a folder for timm and the Hugging Face Hub: CKPT FOLDER", "share:run", ("train",)),
     "models": Command("list the presets with their parameters and MACs", "models:run"),
