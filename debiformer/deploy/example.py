@@ -6,6 +6,7 @@ and coremltools for .mlpackage. The file says itself how it wants its images, an
 
 import json
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,13 +49,16 @@ def load(file):
 
     if find_spec("torchvision"):
         import torchvision  # noqa: F401  # which knows the operations of detectors
-    extra = {f"{KEY}.json": ""}
-    try:  # a package of machine code
+    with zipfile.ZipFile(file) as parts:
+        machine_code = any("/aotinductor/" in name for name in parts.namelist())
+    if machine_code:
         run = torch._inductor.aoti_load_package(str(file))
-        extra = {f"{KEY}.json": run.get_metadata()[KEY]}
-    except RuntimeError:
+        description = json.loads(run.get_metadata()[KEY])
+    else:
+        extra = {f"{KEY}.json": ""}
         run = torch.export.load(file, extra_files=extra).module()  # type: ignore[assignment]
-    return json.loads(extra[f"{KEY}.json"]), lambda images: [out.numpy() for out in run(torch.from_numpy(images))]
+        description = json.loads(extra[f"{KEY}.json"])
+    return description, lambda images: [out.numpy() for out in run(torch.from_numpy(images))]
 
 
 def prepare(image, description):
@@ -114,7 +118,7 @@ def stretched(values, height, width):
         old = values.shape[axis]
         at = np.clip((np.arange(count, dtype=np.float32) + 0.5) * np.float32(old / count) - 0.5, 0, None)
         low = np.minimum(at.astype(int), old - 1)
-        share = (at - low).reshape((-1, 1) if axis == 1 else (1, -1))
+        share = (at - low).astype(np.float32).reshape((-1, 1) if axis == 1 else (1, -1))
         values = values.take(low, axis) * (1 - share) + values.take(np.minimum(low + 1, old - 1), axis) * share
     return values
 

@@ -15,7 +15,9 @@ from tasks_on_disk import CLASSES, random_task, save
 
 from debiformer.cli import exporting, main
 from debiformer.deploy.agreement import agreement
-from debiformer.deploy.example import load
+from debiformer.deploy.detections import Detections
+from debiformer.deploy.example import load, objects, prepare
+from debiformer.deploy.graphs import Description, Outputs, folded, graph
 from debiformer.tasks.detection import DetectionTask
 from debiformer.tasks.segmentation import SegmentationTask
 
@@ -29,12 +31,31 @@ def classifier(tmp_path_factory):
     return task, save(task, tmp_path_factory.mktemp("checkpoints") / "classifier.ckpt")
 
 
-@pytest.fixture(scope="module")
-def segmenter(tmp_path_factory):
+def random_segmenter(head, **arguments):
     torch.manual_seed(0)
     palette = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
-    task = SegmentationTask("debiformer_nano", CLASSES, palette, head="semantic_fpn", **NANO).eval()
+    return SegmentationTask("debiformer_nano", CLASSES, palette, head=head, **NANO, **arguments).eval()
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    task = random_segmenter("semantic_fpn")
     return task, save(task, tmp_path_factory.mktemp("checkpoints") / "segmenter.ckpt")
+
+
+def detector(kind):
+    """One that finds many objects in anything."""
+    torch.manual_seed(0)
+    task = DetectionTask("debiformer_nano", CLASSES, detector=kind, short_side=64, long_side=128, milestones=[8], **NANO).eval()
+    with torch.no_grad():
+        if kind == "retinanet":
+            logits = task.model.model.head.classification_head.cls_logits
+            logits.bias.fill_(-1)
+            logits.weight.mul_(30)
+        else:
+            task.model.model.roi_heads.box_predictor.cls_score.weight.mul_(20)
+            task.model.model.roi_heads.box_predictor.cls_score.bias[0] = -5  # of the background
+    return task
 
 
 @pytest.fixture
@@ -65,7 +86,7 @@ def test_onnx_of_a_classifier(classifier, photo, tmp_path, capsys):
     file = tmp_path / "model.onnx"
     code, said = export(capsys, checkpoint, "--output", file)
     assert code == 0, said
-    assert re.search(r"batch 1  logits: differs from eager mode by \d\.\de-0[6-9]", said)
+    assert re.search(r"batch 1x64x64  logits: differs from eager mode by \d\.\de-0[6-9]", said)
     assert re.search(r"routes  (\d+) of \1 equal", said)
 
     import onnx
@@ -104,7 +125,7 @@ def test_openvino_of_features_at_another_size(classifier, photo, tmp_path, capsy
     file = tmp_path / "maps.xml"
     code, said = export(capsys, checkpoint, "--format", "openvino", "--features", "--size", 64, 96, "--output", file)
     assert code == 0, said
-    assert said.count("batch 6  stride_") == 4
+    assert said.count("batch 6x64x96  stride_") == 4
     inputs = noise(3, 64, 96)
     found = load(file)[1](inputs)
     with torch.no_grad():
@@ -134,7 +155,129 @@ def test_torch_export_of_a_segmenter(segmenter, photo, tmp_path, capsys):
     printed = run_alone(tmp_path / "run_masks.py", file, photo)
     assert sum(float(line.split()[0]) for line in printed.splitlines()[:-1]) == pytest.approx(1, abs=1e-3)
     with Image.open(photo.with_suffix(".mask.png")) as mask:
-        assert mask.size == (96, 64)
+        assert mask.size == (140, 90)
+
+
+@pytest.mark.thorough
+def test_a_segmenter_takes_any_size(photo, tmp_path, capsys):
+    task = random_segmenter("upernet", head_args=dict(channels=32))
+    file = tmp_path / "any.onnx"
+    code, said = export(capsys, save(task, tmp_path / "masks.ckpt"), "--output", file)
+    assert code == 0, said
+    description, run = load(file)
+    assert (description["size"], description["any_size"]) == (None, True)
+    for shape in ((1, 64, 64), (2, 97, 130), (1, 131, 64)):  # maps of one row, and maps that regions do not fit
+        inputs = noise(*shape)
+        (found,) = run(inputs)
+        with torch.no_grad():
+            expected = task(torch.from_numpy(inputs)).numpy()
+        assert found.shape == expected.shape
+        assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+    run_alone(tmp_path / "run_any.py", file, photo)
+    with Image.open(photo.with_suffix(".mask.png")) as mask, Image.open(photo) as image:
+        expected = task.segment(task.normalized(image)).numpy()
+        assert (np.asarray(mask) == expected).mean() > 0.999
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn", "mask_rcnn"])
+@pytest.mark.parametrize("sure", [True, False])
+def test_detections_are_those_of_torchvision(kind, sure):
+    task = detector(kind)
+    if not sure:  # nothing is found
+        (task.model.model if kind == "retinanet" else task.model.model.roi_heads).score_thresh = 0.999
+    for seed, shape in enumerate(((64, 99), (64, 96))):
+        image = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            (expected,) = task.model([image])
+            boxes, labels, scores, *masks = Detections(task.model)(image[None])
+        count = int((scores > 0).sum())
+        assert count == len(expected["scores"])
+        assert (count > 10) == sure
+        torch.testing.assert_close(boxes[:count], expected["boxes"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(scores[:count], expected["scores"])
+        assert torch.equal(labels[:count], expected["labels"])
+        assert len(masks) == (kind == "mask_rcnn")
+
+
+def test_torch_export_of_a_detector(photo, tmp_path, capsys):
+    task = detector("mask_rcnn")
+    file = tmp_path / "objects.pt2"
+    # The size that the photo has for the detector: 90x140 with 64 pixels on its shorter side.
+    code, said = export(capsys, save(task, tmp_path / "boxes.ckpt"), "--format", "torch-export", "--size", 64, 99, "--output", file)
+    assert code == 0, said
+    description, run = load(file)
+    with Image.open(photo) as image:
+        found = [*objects(run(prepare(image.convert("RGB"), description)), image, description)]
+        with torch.no_grad():
+            (expected,) = task([task.normalized(image.convert("RGB"))])
+    assert len(found) == len(expected["scores"]) == 100
+    assert [name for name, *_ in found] == [CLASSES[label] for label in expected["labels"]]
+    np.testing.assert_allclose([score for _, score, *_ in found], expected["scores"], atol=1e-4)
+    np.testing.assert_allclose(np.stack([box for *_, box, _ in found]), expected["boxes"], atol=0.05)
+    masks = np.stack([mask for *_, mask in found])
+    assert (masks == (expected["masks"][:, 0] > 0.5).numpy()).mean() > 0.999
+    printed = run_alone(tmp_path / "run_objects.py", file, photo).splitlines()
+    assert [line.split()[1] for line in printed[:-1]] == [name for name, score, *_ in found if score >= 0.3]
+    with Image.open(photo.with_suffix(".found.png")) as drawn:
+        assert drawn.size == (140, 90)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["retinanet", "mask_rcnn"])
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_detectors_take_any_size(kind, form, tmp_path, capsys):
+    file = tmp_path / {"onnx": "any.onnx", "openvino": "any.xml"}[form]
+    code, said = export(capsys, save(detector(kind), tmp_path / "boxes.ckpt"), "--format", form, "--output", file)
+    assert code == 0, said
+    assert said.count("boxes: differs from eager mode") == 3
+
+
+@pytest.mark.parametrize("kind", [pytest.param("biformer_tiny", marks=pytest.mark.thorough), "upernet"])
+def test_one_graph_serves_every_size(kind):
+    model = random_segmenter("upernet", head_args=dict(channels=32)).model if kind == "upernet" else random_task(kind).model
+    size = dict(size=None, any_size=True, one_image=False, short_side=None, long_side=None)
+    how = dict(mean=(), std=(), crop_pct=None, interpolation="", precision="float32", class_names=(), version="")
+    program = graph(Outputs(folded(model)), Description(task="classification", outputs=("logits",), **size, **how))
+    for batch, height, width in ((1, 64, 64), (2, 65, 230), (3, 96, 64)):
+        images = torch.from_numpy(noise(batch, height, width))
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(images)[0], model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_core_ml_program(classifier, tmp_path, capsys):
+    coremltools = pytest.importorskip("coremltools")
+    task, checkpoint = classifier
+    file = tmp_path / "model.mlpackage"
+    code, said = export(capsys, checkpoint, "--format", "coreml", "--precision", "float16", "--output", file)
+    assert code == 0, said
+    assert re.search(r"not compared  coreml runs on Macs only; the file maps images 1x3x64x64 to logits in \d+ operations", said)
+    spec = coremltools.utils.load_spec(str(file))
+    assert json.loads(spec.description.metadata.userDefined["debiformer"])["precision"] == "float16"
+    (block,) = spec.mlProgram.functions["main"].block_specializations.values()
+    kinds = [operation.type for operation in block.operations]
+    attentions = sum(type(module).__name__.endswith("Attention") for module in task.model.modules())
+    assert kinds.count("softmax") >= attentions
+    assert kinds.count("resample") == 8  # of points, and of biases, in four deformable layers
+    assert sum(part.stat().st_size for part in file.rglob("*")) < 0.7 * sum(value.nbytes for value in task.model.state_dict().values())
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("form", "suffix", "precision"), [("onnx", ".onnx", "int8"), ("onnx", ".onnx", "float16"), ("openvino", ".xml", "bfloat16")]
+)
+def test_reduced_precision(form, suffix, precision, classifier, tmp_path, capsys):
+    _, checkpoint = classifier
+    file = tmp_path / f"less{suffix}"
+    cells = Path(exporting.whole_images()[0][0]).parent
+    options = ("--format", form, "--precision", precision, "--calibration", cells, "--output", file)
+    code, said = export(capsys, checkpoint, *options)
+    assert code == 0, said
+    (share,) = re.findall(r"decided alike  \d+ of \d+ images of --calibration \((.*)%\)", said)
+    assert float(share) > 80
+    (error,) = re.findall(r"batch 6x64x64  logits: differs from eager mode by (\S+) of", said)
+    assert 1e-4 < float(error) < 0.2  # it is less precise, and not wrong
+    description, _ = load(file)
+    assert description["precision"] == precision
 
 
 @pytest.mark.thorough
@@ -146,8 +289,8 @@ def test_machine_code_of_a_classifier(classifier, photo, tmp_path, capsys):
     assert len(run_alone(tmp_path / "run_code.py", file, photo).splitlines()) == len(CLASSES)
 
 
-def test_a_file_that_disagrees_is_called_out(classifier, tmp_path, capsys, monkeypatch):
-    _, checkpoint = classifier
+def test_a_file_that_disagrees_is_called_out(tmp_path, capsys, monkeypatch):
+    checkpoint = save(random_task(input_size=(3, 32, 32)), tmp_path / "other.ckpt")
 
     def wrong(file):
         description, run = load(file)
@@ -181,6 +324,10 @@ def test_agreement_tells_ties_from_other_routes():
         (["--output", "model.pt2"], "--output model.pt2: a file of onnx ends with .onnx"),
         (["--output", "nowhere/model.onnx"], "--output nowhere/model.onnx: there is no folder nowhere"),
         (["--size", "31"], "31"),
+        (["--precision", "bfloat16"], "--precision bfloat16: files of onnx are written in float32 or float16 or int8"),
+        (["--precision", "int8"], "--precision int8 needs the ranges of activations: give --calibration IMAGE_OR_FOLDER"),
+        (["--precision", "int8", "--calibration", "nothing"], "no such file or folder: nothing"),
+        (["--format", "aoti", "--size", "any"], "--size any: a file of aoti has one size: give --size HEIGHT WIDTH"),
     ],
 )
 def test_what_will_not_do_is_said(given, message, classifier, tmp_path, capsys, monkeypatch):
@@ -191,19 +338,32 @@ def test_what_will_not_do_is_said(given, message, classifier, tmp_path, capsys, 
     assert not [*tmp_path.iterdir()]
 
 
+def test_agreement_of_detections_needs_no_order():
+    boxes = np.array([[0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9], [0, 0, 0, 0]], dtype=np.float32)
+    labels, scores = np.array([0, 1, 1, 0]), np.array([0.9, 0.5, 0.5, 0], dtype=np.float32)
+    swapped = [0, 2, 1, 3]
+    assert agreement([boxes[swapped], labels[swapped], scores], [boxes, labels, scores], 3, rows=True).errors == [0, 0, 0]
+    assert not agreement([boxes + np.float32(1e-2), labels, scores], [boxes, labels, scores], 3, rows=True).holds
+    assert not agreement([boxes, np.array([0, 1, 0, 0]), scores], [boxes, labels, scores], 3, rows=True).holds
+
+
 def test_tasks_and_packages_that_are_missing(segmenter, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, said = export(capsys, segmenter[1])
+    code, said = export(capsys, segmenter[1], "--format", "aoti")
     assert code == 2
-    assert "give --size HEIGHT WIDTH" in said
-    boxes = DetectionTask("debiformer_nano", CLASSES, detector="retinanet", short_side=64, long_side=128, milestones=[8], **NANO)
-    code, said = export(capsys, save(boxes, tmp_path / "boxes.ckpt"))
+    assert "takes images of any size, a file of aoti those of one: give --size HEIGHT WIDTH" in said
+    code, said = export(capsys, segmenter[1], "--features")
     assert code == 2
-    assert "is of detection: only classification, its features and segmentation are exported so far" in said
+    assert "--features is for classification" in said
+    boxes = save(detector("retinanet"), tmp_path / "boxes.ckpt")
+    code, said = export(capsys, boxes, "--precision", "float16")
+    assert code == 2
+    assert "is of detection, whose boxes need float32" in said
     monkeypatch.setattr(exporting, "find_spec", lambda package: None)
-    code, said = export(capsys, segmenter[1], "--format", "openvino")
-    assert code == 2
-    assert '--format openvino needs openvino: pip install "debiformer[export]"' in said
+    for form, extra in (("openvino", "export"), ("coreml", "coreml")):
+        code, said = export(capsys, segmenter[1], "--format", form)
+        assert code == 2
+        assert f'pip install "debiformer[{extra}]"' in said
     with pytest.raises(SystemExit):
         main(["export", "x.ckpt", "--size", "1", "2", "3"])
-    assert "--size 1 2 3: one number, or height and width" in capsys.readouterr().err
+    assert '--size 1 2 3: one number, height and width, or "any"' in capsys.readouterr().err
