@@ -3,7 +3,6 @@
 import argparse
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..data.images import UnreadableImage, eval_transform, find_images, read_image
+from ..data.images import UnreadableImage, eval_transform, find_images, read_image, shown
 from ..tasks.prediction import PREPROCESSING, Prediction, load_classifier, predict
 from .arguments import at_least_one
 
@@ -98,11 +97,6 @@ def read_all(paths: list[Path]) -> Iterator[tuple[Path, Image | UnreadableImage]
             yield path, read_image(path)
         except UnreadableImage as error:
             yield path, error
-
-
-def shown(path: Path) -> str:
-    """A file's name, printable even where its bytes are no UTF-8."""
-    return os.fsencode(path).decode(errors="replace")
 
 
 def table(batch: list[Prediction], labels_width: int, heading: bool) -> Table:

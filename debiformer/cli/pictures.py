@@ -10,8 +10,8 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.progress import track
 
-from ..data.images import UnreadableImage, find_images, read_image
-from .labelling import device, shown
+from ..data.images import UnreadableImage, find_images, read_image, shown
+from .labelling import device
 
 
 def parser_for(task: str) -> argparse.ArgumentParser:
