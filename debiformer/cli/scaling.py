@@ -40,10 +40,10 @@ def run(kind: str, arguments: list[str]) -> int:
     options = parse(kind, arguments)
     finder, how = finder_of(kind, options)
     parts = find_parts(options.images, options.part_size, options.column)
-    about = dict(task=kind, checkpoint=str(options.checkpoint), weights=weights_digest(finder.task))
-    listing = sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()
+    about = dict(task=kind, weights=weights_digest(finder.task))
+    listed = sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()
     output = Output(options.output)
-    output.begin({**about, **how, "part_size": options.part_size, "column": options.column, "parts": len(parts), "listing": listing})
+    output.begin({**about, **how, "part_size": options.part_size, "column": options.column, "parts": len(parts), "digest_of_files": listed})
     output.clear()
     done = output.finished()
     todo = [part for part in parts if part.number not in done]
@@ -51,7 +51,7 @@ def run(kind: str, arguments: list[str]) -> int:
     console.print(f"{len(parts)} parts, {len(done)} of them finished before", highlight=False)
     if not todo:
         return 0
-    schema = schema_of(finder, about)
+    schema = schema_of(finder, {**about, "checkpoint": options.checkpoint})
     with cluster(options.address):
         workers = arrange(machines(), options.device, options.actors)
         workers = workers._replace(number=min(workers.number, len(todo)))
@@ -63,9 +63,8 @@ def run(kind: str, arguments: list[str]) -> int:
         try:
             images, errors = follow(predict_parts(todo, setting, workers), len(parts), len(done), console)
         except Stopped as stopped:
-            console.print(
-                f"stopped, with {len(output.finished())} of {len(parts)} parts finished: the same command goes on", highlight=False
-            )
+            finished = f"{len(output.finished())} of {len(parts)} parts"
+            console.print(f"stopped, with {finished} finished: the same command goes on", highlight=False)
             return 128 + stopped.signum
         finally:
             for signum, handler in previous.items():
@@ -84,12 +83,8 @@ def parse(kind: str, arguments: list[str]) -> argparse.Namespace:
         "images, tar shards, Parquet files, folders of them or patterns such as 'photos/**/*.jpg'; paths or URLs such as s3://bucket/folder"
     )
     parser.add_argument("images", nargs="+", metavar="SOURCE", help=told)
-    parser.add_argument(
-        "--checkpoint", required=True, help="best.ckpt or last.ckpt of a run; for labels also a shared folder or hf-hub:NAME"
-    )
-    parser.add_argument(
-        "--output", required=True, help="folder for the Parquet files, a path or a URL; what is there already is not done again"
-    )
+    parser.add_argument("--checkpoint", required=True, help="of a run; for labels also a shared folder or hf-hub:OWNER/NAME")
+    parser.add_argument("--output", required=True, help="folder for Parquet files, a path or a URL; what is there is not done again")
     parser.add_argument("--column", default="image", help="of Parquet files that holds the images (default image)")
     parser.add_argument("--part-size", default=1024, type=at_least_one, help="images of an output file (default 1024); shards stay whole")
     parser.add_argument("--actors", type=at_least_one, help="workers (default: one on each GPU, or on each CPU)")

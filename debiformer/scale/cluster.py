@@ -94,10 +94,11 @@ def predict_parts(parts: Sequence[Part], setting: Setting, workers: Workers) -> 
     context.enable_progress_bars = False
     rows = ray.data.from_items([part._asdict() for part in parts], override_num_blocks=len(parts))
     pool = ray.data.ActorPoolStrategy(size=workers.number, max_tasks_in_flight_per_actor=1)
+    work: Any = Worker
     uses: Any = dict(compute=pool, num_cpus=workers.cpus, num_gpus=int(workers.gpu), max_task_retries=ATTEMPTS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # until Ray 2.64, which has to offer another limit to attempts
-        done = rows.map(Worker, fn_constructor_args=(setting,), **uses)
+        done = rows.map(work, fn_constructor_args=(setting,), **uses)
     try:
         for row in done.iter_rows():
             report = Report(**row)

@@ -71,7 +71,7 @@ def read_shard(name: str) -> Iterator[Item]:
     try:
         with fs.open(path) as file, tarfile.open(fileobj=file, mode="r|*", bufsize=BLOCK, tarinfo=Header) as shard:
             for member in shard:
-                shard.members.clear()  # which would grow with the shard
+                shard.members.clear()  # type: ignore[attr-defined]  # they would grow with the shard
                 if member.isfile() and is_image(member.name):
                     content = shard.extractfile(member)
                     assert content is not None

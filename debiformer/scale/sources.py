@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,7 +52,7 @@ def find_parts(sources: Sequence[str], size: int, column: str) -> list[Part]:
         for kind, some in by_kind(files).items():
             names = [full_name(fs, file) for file in some]
             if kind == "images":
-                found = [(names[k : k + size], [], 0, len(names[k : k + size])) for k in range(0, len(names), size)]
+                found: Any = [(names[k : k + size], [], 0, len(names[k : k + size])) for k in range(0, len(names), size)]
             elif kind == "tar":
                 found = [([name], [], 0, 0) for name in names]
             else:

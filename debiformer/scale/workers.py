@@ -123,9 +123,11 @@ class Worker:
             return []
         try:
             return self.finder.find(prepared)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, ValueError) as error:  # too large, or too small for the model
             if len(prepared) == 1:
-                return [{"error": f"out of memory: {str(error).splitlines()[0]}"}]
+                return [{"error": str(error).splitlines()[0]}]
+            if isinstance(error, ValueError):
+                raise
         torch.cuda.empty_cache()
         half = (len(prepared) + 1) // 2
         self.images = min(self.images, half)
