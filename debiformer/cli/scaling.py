@@ -69,6 +69,7 @@ def run(kind: str, arguments: list[str]) -> int:
         finally:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
+    output.clear()
     lost = {part.number for part in parts} - output.finished()
     if lost:
         raise FileNotFoundError(f"{len(lost)} parts are not in {options.output}, such as {min(lost)}: put it where all machines see it")

@@ -106,5 +106,5 @@ def predict_parts(parts: Sequence[Part], setting: Setting, workers: Workers) -> 
                 raise OSError(report.problem)
             yield report
     except ray.exceptions.RayActorError as error:
-        told = f"a worker died at its start, or {ATTEMPTS + 1} times over one part: {str(error).strip().splitlines()[-1]}"
-        raise RuntimeError(f"{told} If the system killed it for memory, fewer --actors have more each") from error
+        told = f"a worker died at its start, or {ATTEMPTS + 1} times over one part; fewer --actors have more memory each"
+        raise RuntimeError(f"{told}: {str(error).strip().splitlines()[-1]}") from error

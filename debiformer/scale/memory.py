@@ -37,7 +37,7 @@ def fitting(one: int, each: int, memory: int, most: int) -> BatchSize:
     """The largest power of two up to `most`, where one image takes `one` bytes, each other `each`, and some of `memory` is left over."""
     free = SHARE * memory
     if one > free:
-        raise MemoryError(f"one image takes {one / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free: fewer --actors have more each")
+        raise MemoryError(f"one image takes {one / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
     images = 1
     while 2 * images <= most and one + (2 * images - 1) * each <= free:
         images *= 2

@@ -123,10 +123,13 @@ class Worker:
             return []
         try:
             return self.finder.find(prepared)
-        except (torch.OutOfMemoryError, ValueError) as error:  # too large, or too small for the model
-            if len(prepared) == 1:
+        except torch.AcceleratorError:  # of the device, not of an image
+            raise
+        except (RuntimeError, ValueError) as error:
+            too_much = isinstance(error, torch.OutOfMemoryError)
+            if len(prepared) == 1 and (too_much or not self.finder.together):  # the model cannot take an image of this size
                 return [{"error": str(error).splitlines()[0]}]
-            if isinstance(error, ValueError):
+            if not too_much:
                 raise
         torch.cuda.empty_cache()
         half = (len(prepared) + 1) // 2
