@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from .sources import Part
 from .workers import Report, Setting, Worker
 
 STORE = 2**30  # bytes of the object store of a cluster of our own, which holds the model and lists of files, but no images
+PATIENCE = 10  # seconds for a cluster to answer
 ATTEMPTS = 3  # at a part whose worker died: it may be the part that kills it
 
 
@@ -40,8 +42,11 @@ def cluster(address: str | None) -> Iterator[None]:
         if address is None:
             ray.init(address="local", include_dashboard=False, object_store_memory=STORE, **quiet)
         else:
+            if address != "auto":  # Ray itself would wait for minutes, and then end the process
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), PATIENCE).close()
             ray.init(address=address, **quiet)
-    except ConnectionError as error:
+    except (OSError, ValueError) as error:
         raise ConnectionError(f"--address {address}: no cluster answers there ({str(error).splitlines()[0]})") from error
     try:
         yield

@@ -15,6 +15,7 @@ from ..nearest import did_you_mean
 from .storage import connect, full_name, is_local
 
 SUFFIXES = {"parquet": (".parquet",), "tar": (".tar", ".tar.gz", ".tgz")}
+TITLES = {"images": "images", "parquet": "Parquet files", "tar": "tar shards"}
 FOOTERS = 32  # of Parquet files that are read at a time
 
 
@@ -70,7 +71,7 @@ def find_files(source: str) -> tuple[AbstractFileSystem, list[str]]:
         walk = (os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
         kinds = by_kind(sorted(file for file in (walk if is_local(fs) else fs.find(path)) if holds_images(file)))
         if len(kinds) > 1:
-            held = " and ".join(f"{len(files)} {kind} files" for kind, files in kinds.items())
+            held = " and ".join(f"{len(files)} {TITLES[kind]}" for kind, files in kinds.items())
             raise ValueError(f"{source} holds {held}: say which, with a pattern such as {source.rstrip('/')}/**/*.jpg")
         found = next(iter(kinds.values()), [])
         if not found:

@@ -263,7 +263,7 @@ class TestMistakes:
             (["absent"], "no such file or folder, and nothing of that pattern: absent"),
             (["photos/*.gif"], "nothing of that pattern: photos/*.gif"),
             (["empty"], "no images in empty: looked for files named *.bmp"),
-            (["mixed"], "mixed holds 1 images files and 1 tar files: say which, with a pattern such as mixed/**/*.jpg"),
+            (["mixed"], "mixed holds 1 images and 1 tar shards: say which, with a pattern such as mixed/**/*.jpg"),
             (["a.parquet"], "a.parquet has no column 'image': did you mean imag?; --column names the one with the images"),
             (["a.parquet", "--column", "number"], "the column 'number' holds int64, not the bytes of images"),
             (["torn.parquet"], "torn.parquet is no Parquet file, or cut short"),
