@@ -1,7 +1,7 @@
 """Memory and speed of `debiformer predict --engine ray` and of the local engine: python benchmarks/scale.py [--images 400]
 
 DeBiFormer-nano at 64 pixels with random weights labels JPEGs of 500x375, the same hundred over and over: so many, and ten times as many.
-Each row is a run of the command. Memory is the largest sum, over the command and all processes that it started, of their proportional set
+Memory is the largest sum, over the command and all processes that it started, of their proportional set
 sizes: memory that several share, as Ray's object store is, counts once. It is looked at five times a second, and so is the time that they
 spend on processors, which other work on the machine does not add to. `images/s` and `core ms an image` are of the images that the long run
 has beyond the short one: libraries and Ray are loaded in both.
@@ -109,10 +109,12 @@ def run() -> None:
                 sized = ["--part-size", "100"] if arguments else []
                 line = [f"{work}/{count}", "--checkpoint", str(checkpoint), "--output", str(output), *arguments, *sized]
                 found.append(measure(line))
-                rows.append({"engine": engine, "images": count, "s": round(found[-1][0], 1), "peak MB": round(found[-1][2])})
+            row: dict[str, object] = {"engine": engine}
+            for count, (seconds, _, most) in zip(counts, found, strict=True):
+                row |= {f"{count}: s": round(seconds, 1), f"{count}: peak MB": round(most)}
             seconds, busy, _ = (long - short for short, long in zip(*found, strict=True))
-            rows[-1] |= {"images/s": round((counts[1] - counts[0]) / seconds, 1)}
-            rows[-1] |= {"core ms an image": round(1000 * busy / (counts[1] - counts[0]), 1)}
+            more = counts[1] - counts[0]
+            rows.append(row | {"images/s": round(more / seconds, 1), "core ms an image": round(1000 * busy / more, 1)})
     print(bench.table(rows))
     print(f"{megabytes:.3f} MB an image")
     print(save("scale", {"MB of an image": round(megabytes, 3), "rows": rows}, packages=("ray", "pyarrow")))

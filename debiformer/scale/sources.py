@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +12,7 @@ from fsspec import AbstractFileSystem
 
 from ..data.images import is_image, looked_for
 from ..nearest import did_you_mean
-from .storage import connect, full_name, is_local
+from .storage import connect, full_name, is_local, reaching
 
 SUFFIXES = {"parquet": (".parquet",), "tar": (".tar", ".tar.gz", ".tgz")}
 TITLES = {"images": "images", "parquet": "Parquet files", "tar": "tar shards"}
@@ -42,26 +42,31 @@ def find_parts(sources: Sequence[str], size: int, column: str) -> list[Part]:
     Raises:
         FileNotFoundError: If there is nothing.
         ImportError: If the driver of a URL is not installed.
+        Unreachable: If a disk or a store does not answer, or refuses.
         ValueError: If a folder holds images of several kinds, or a Parquet file cannot be read or has no such column.
     """
     parts: list[Part] = []
     seen: set[str] = set()
     for source in sources:
-        fs, files = find_files(source)
-        files = [file for file in files if full_name(fs, file) not in seen]
-        seen.update(full_name(fs, file) for file in files)
-        for kind, some in by_kind(files).items():
-            names = [full_name(fs, file) for file in some]
-            if kind == "images":
-                found: Any = [(names[k : k + size], [], 0, len(names[k : k + size])) for k in range(0, len(names), size)]
-            elif kind == "tar":
-                found = [([name], [], 0, 0) for name in names]
-            else:
-                with ThreadPoolExecutor(FOOTERS) as pool:
-                    layouts = pool.map(partial(row_groups, fs, column), some)
-                found = [([name], *rows) for name, layout in zip(names, layouts, strict=True) for rows in runs_of(layout, size)]
-            parts += [Part(len(parts) + index, kind, *rest) for index, rest in enumerate(found)]
+        with reaching(source):
+            fs, files = find_files(source)
+            files = [file for file in files if full_name(fs, file) not in seen]
+            seen.update(full_name(fs, file) for file in files)
+            for kind, some in by_kind(files).items():
+                parts += [Part(len(parts) + index, kind, *rest) for index, rest in enumerate(cut(fs, kind, some, size, column))]
     return parts
+
+
+def cut(fs: AbstractFileSystem, kind: str, files: list[str], size: int, column: str) -> list[tuple[list[str], list[int], int, int]]:
+    """Files of a kind in parts, each as the last fields of `Part`; raises what `find_parts` raises of them."""
+    names = [full_name(fs, file) for file in files]
+    if kind == "images":
+        return [(some, [], 0, len(some)) for some in (names[begin : begin + size] for begin in range(0, len(names), size))]
+    if kind == "tar":
+        return [([name], [], 0, 0) for name in names]
+    with ThreadPoolExecutor(FOOTERS) as pool:
+        layouts = list(pool.map(partial(row_groups, fs, column), files))
+    return [([name], *rows) for name, layout in zip(names, layouts, strict=True) for rows in runs_of(layout, size)]
 
 
 def find_files(source: str) -> tuple[AbstractFileSystem, list[str]]:

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -40,6 +41,17 @@ def connect(address: str) -> tuple[AbstractFileSystem, str]:
         raise ValueError(f"{address}: {error}") from error
 
 
+@contextmanager
+def reaching(name: str) -> Iterator[None]:
+    """What drivers raise of a disk or store that does not answer, or refuses, becomes Unreachable, by a name; the rest is as it was."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, ImportError, ValueError):
+        raise
+    except Exception as error:  # each driver has errors of its own
+        raise Unreachable(f"{name} cannot be reached: {error}") from error
+
+
 def is_local(fs: AbstractFileSystem) -> bool:
     """Whether files are on disks of the machine, or mounted like them."""
     return isinstance(fs, LocalFileSystem)
@@ -70,28 +82,32 @@ class Output:
         Raises:
             FileExistsError: If the folder holds something else.
             PermissionError: If it cannot be written.
+            Unreachable: If it cannot be reached.
             ValueError: If the run that it holds is another one.
         """
         file = f"{self.folder}/{RECORD}"
-        if self.fs.exists(file):
-            held = json.loads(self.fs.cat_file(file))
+        with reaching(f"--output {self.address}"):
+            held = json.loads(self.fs.cat_file(file)) if self.fs.exists(file) else None
+            other = held is None and self.fs.exists(self.folder) and self.fs.ls(self.folder)
+        if held is not None:
             others = [f"{name} was {held.get(name)} and is {value}" for name, value in record.items() if held.get(name) != value]
             if others:
                 told = f"--output {self.address} holds a run with other settings: {', '.join(others)}"
                 raise ValueError(f"{told}. Go on with what it was, or name another folder")
             return
-        if self.fs.exists(self.folder) and self.fs.ls(self.folder):
+        if other:
             raise FileExistsError(f"--output {self.address} holds something else, it has no {RECORD}: name another folder")
         try:
             self.fs.makedirs(self.folder, exist_ok=True)
             self.fs.pipe_file(file, json.dumps(record, indent=2).encode())
-        except OSError as error:
+        except Exception as error:  # each driver has errors of its own
             raise PermissionError(f"--output {self.address} cannot be written ({error}): name another folder") from error
 
     def finished(self) -> set[int]:
-        """Numbers of the parts whose files are there."""
-        self.fs.invalidate_cache()
-        names = {entry["name"].rpartition("/")[2]: entry["size"] for entry in self.fs.ls(self.folder, detail=True)}
+        """Numbers of the parts whose files are there; raises Unreachable if that cannot be told."""
+        with reaching(self.address):
+            self.fs.invalidate_cache()
+            names = {entry["name"].rpartition("/")[2]: entry["size"] for entry in self.fs.ls(self.folder, detail=True)}
         found = {re.fullmatch(r"part-(\d{8})\.parquet", name): size for name, size in names.items()}
         return {int(match[1]) for match, size in found.items() if match and size}
 

@@ -65,6 +65,19 @@ class TestParts:
     def test_row_groups_make_parts_of_at_least_a_size(self, rows, size, expected):
         assert list(runs_of(rows, size)) == expected
 
+    def test_a_store_that_does_not_answer(self, tmp_path, monkeypatch):
+        """With an error of its driver's own, that nobody else knows."""
+
+        class EndpointConnectionError(Exception):
+            pass
+
+        def unplugged(*_):
+            raise EndpointConnectionError("no route to host")
+
+        monkeypatch.setattr(LocalFileSystem, "isdir", unplugged)
+        with pytest.raises(Unreachable, match="photos cannot be reached: no route to host"):
+            find_parts(["photos"], 9, "image")
+
     def test_brackets_in_a_name_are_no_pattern(self, tmp_path):
         (tmp_path / "a [red].png").touch()
         (part,) = find_parts([f"{tmp_path}/a [red].png"], 9, "image")
