@@ -57,7 +57,7 @@ def run(kind: str, arguments: list[str]) -> int:
         workers = workers._replace(number=min(workers.number, len(todo)))
         device = "cuda" if workers.gpu else "cpu"
         batch = getattr(options, "batch_size", None)
-        setting = Setting(finder, schema, options.output, options.column, device, workers.cpus, workers.memory, batch)
+        setting = Setting(finder, schema, output.address, options.column, device, workers.cpus, workers.memory, batch)
         console.print(f"{workers.number} workers on {device}, {workers.cpus} CPUs each", highlight=False)
         previous = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 RECORD = "_run.json"  # readers of Parquet folders pass over names that begin so
 UNFINISHED = ".unfinished"
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss"}  # where a file is there when it is whole, and not before
+REPEATED = ["label", "labels.list.element"]  # columns to be kept as numbers of their few values; numbers of floats would only add to them
 HELD = 2**26  # bytes of rows that wait to be written
 
 
@@ -73,8 +74,8 @@ class Output:
     """
 
     def __init__(self, address: str) -> None:
-        self.address = address
         self.fs, self.folder = connect(address)
+        self.address = full_name(self.fs, self.folder)  # which holds in other folders and on other machines too
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Write down what the run is, or see that it is the one that the folder holds.
@@ -87,10 +88,11 @@ class Output:
         """
         file = f"{self.folder}/{RECORD}"
         with reaching(f"--output {self.address}"):
-            held = json.loads(self.fs.cat_file(file)) if self.fs.exists(file) else None
+            held = self.fs.cat_file(file) if self.fs.exists(file) else None
             other = held is None and self.fs.exists(self.folder) and self.fs.ls(self.folder)
         if held is not None:
-            others = [f"{name} was {held.get(name)} and is {value}" for name, value in record.items() if held.get(name) != value]
+            before = json.loads(held)
+            others = [f"{name} was {before.get(name)} and is {value}" for name, value in record.items() if before.get(name) != value]
             if others:
                 told = f"--output {self.address} holds a run with other settings: {', '.join(others)}"
                 raise ValueError(f"{told}. Go on with what it was, or name another folder")
@@ -155,7 +157,7 @@ class PartFile:
         folder = self.output.folder if is_local(self.output.fs) else tempfile.gettempdir()
         self.path = Path(folder, f"_part-{self.number:08}-{uuid4().hex}{UNFINISHED}")
         self.file = self.path.open("xb")
-        self.writer = pq.ParquetWriter(self.file, self.schema, compression="zstd")
+        self.writer = pq.ParquetWriter(self.file, self.schema, compression="zstd", use_dictionary=REPEATED)
         return self
 
     def write(self, rows: list[dict[str, Any]]) -> None:

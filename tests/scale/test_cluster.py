@@ -127,8 +127,8 @@ def test_labels_from_every_source(cluster, inside, tmp_path, capsys):
 
 def test_masks(cluster, inside, tmp_path):
     assert main(["predict", "--checkpoint", "masks.ckpt", "photos", "--output", str(tmp_path / "local"), "--flip"]) == 0
-    assert main(line(cluster, "photos", "--checkpoint", "masks.ckpt", "--output", tmp_path / "out", "--flip", "--actors", 1)) == 0
-    found = rows_of(tmp_path / "out")
+    assert main(line(cluster, "photos", "--checkpoint", "masks.ckpt", "--output", "masks", "--flip", "--actors", 1)) == 0
+    found = rows_of("masks")
     assert sorted(Path(row["path"]).name for row in found if row["error"]) == ["broken.jpg"]
     for row in (row for row in found if row["error"] is None):
         name = Path(row["path"]).relative_to(inside / "photos").with_suffix(".png")

@@ -282,7 +282,7 @@ class TestMistakes:
             (["torn.parquet"], "torn.parquet is no Parquet file, or cut short"),
             (["s3://bucket/folder"], "s3://bucket/folder: Install s3fs"),
             (["nowhere://folder"], "nowhere://folder: Protocol not known: nowhere"),
-            (["photos", "--output", "thesis"], "--output thesis holds something else, it has no _run.json: name another folder"),
+            (["photos", "--output", "thesis"], "/thesis holds something else, it has no _run.json: name another folder"),
             (["photos", "--output", "/proc/out"], "--output /proc/out cannot be written"),
             (["photos", "--address", "localhost:1"], "--address localhost:1: no cluster answers there"),
             (["photos", "--checkpoint", "absent.ckpt"], "checkpoint absent.ckpt: no such file"),
