@@ -3,8 +3,8 @@
 DeBiFormer-nano at 64 pixels with random weights labels JPEGs of 500x375, the same hundred over and over: so many, and ten times as many.
 Memory is the largest sum, over the command and all processes that it started, of their proportional set
 sizes: memory that several share, as Ray's object store is, counts once. It is looked at five times a second, and so is the time that they
-spend on processors, which other work on the machine does not add to. `images/s` and `core ms an image` are of the images that the long run
-has beyond the short one: libraries and Ray are loaded in both.
+spend on processors, which other work on the machine adds little to. `images/s` and `core ms` are of the long run, from the moment that its
+first results are on the disk to its last ones: libraries and Ray are loaded by then.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from debiformer.cli import bench
 from debiformer.cli.published import write_task
 from debiformer.tasks.classification import ClassificationTask
 
+PART = 100  # images
 ENGINES = {"local": [], "ray, 1 actor": ["--engine", "ray", "--actors", "1"], "ray, 2 actors": ["--engine", "ray", "--actors", "2"]}
 
 
@@ -60,20 +61,34 @@ def processor_seconds(pid: int) -> dict[int, float]:
     return found
 
 
-def measure(arguments: list[str]) -> tuple[float, float, float]:
-    """Seconds, seconds on processors and largest MB of a command."""
-    begin, most = time.perf_counter(), 0
+def images_in(output: Path) -> int:
+    """Images whose results are on the disk."""
+    if output.suffix:
+        return max(len(output.read_bytes().splitlines()) - 1, 0) if output.exists() else 0
+    return PART * len(list(output.glob("part-*.parquet")))
+
+
+def measure(arguments: list[str], output: Path) -> dict[str, float]:
+    """Seconds and largest MB of a command, and the images per second and core milliseconds per image while it writes."""
+    most = 0
     busy: dict[int, float] = {}
-    command = [sys.executable, "-m", "debiformer", "predict", "--device", "cpu", *arguments]
+    moments: list[tuple[int, float, float]] = []  # images, seconds and seconds on processors, whenever there are more images
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "debiformer", "predict", "--device", "cpu", "--output", str(output), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
         while process.poll() is None:
             most = max(most, memory(process.pid))
             busy |= processor_seconds(process.pid)
+            done = images_in(output)
+            if done and (not moments or done > moments[-1][0]):
+                moments.append((done, time.perf_counter(), sum(busy.values())))
             time.sleep(0.2)
         assert process.stderr is not None
         assert process.returncode == 0, process.stderr.read()
-    return time.perf_counter() - begin, sum(busy.values()), most / 1e6
+    found = {"s": time.perf_counter() - begin, "MB": most / 1e6}
+    images, seconds, working = (last - first for first, last in zip(moments[0], moments[-1], strict=True))
+    return found | ({"images/s": images / seconds, "core ms": 1000 * working / images} if images else {})
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -102,19 +117,14 @@ def run() -> None:
             write_images(Path(work, str(count)), count)
         megabytes = sum(file.stat().st_size for file in Path(work, str(counts[1])).iterdir()) / counts[1] / 1e6
         for number, (engine, arguments) in enumerate(ENGINES.items()):
-            found = []
+            row: dict[str, object] = {"engine": engine}
             for count in counts:
                 bench.tell(f"{engine}, {count} images")
                 output = Path(work, f"{number}_{count}{'' if arguments else '.csv'}")
-                sized = ["--part-size", "100"] if arguments else []
-                line = [f"{work}/{count}", "--checkpoint", str(checkpoint), "--output", str(output), *arguments, *sized]
-                found.append(measure(line))
-            row: dict[str, object] = {"engine": engine}
-            for count, (seconds, _, most) in zip(counts, found, strict=True):
-                row |= {f"{count}: s": round(seconds, 1), f"{count}: peak MB": round(most)}
-            seconds, busy, _ = (long - short for short, long in zip(*found, strict=True))
-            more = counts[1] - counts[0]
-            rows.append(row | {"images/s": round(more / seconds, 1), "core ms an image": round(1000 * busy / more, 1)})
+                sized = ["--part-size", str(PART)] if arguments else []
+                found = measure([f"{work}/{count}", "--checkpoint", str(checkpoint), *arguments, *sized], output)
+                row |= {f"{count}: s": round(found["s"], 1), f"{count}: peak MB": round(found["MB"])}
+            rows.append(row | {name: round(found[name], 1) for name in ("images/s", "core ms")})
     print(bench.table(rows))
     print(f"{megabytes:.3f} MB an image")
     print(save("scale", {"MB of an image": round(megabytes, 3), "rows": rows}, packages=("ray", "pyarrow")))

@@ -57,7 +57,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="debiformer predict",
         description="Label images with a checkpoint of `debiformer fit`.",
-        epilog="Checkpoints of segmentation and detection have options of their own: --checkpoint FILE --help shows them.",
+        epilog="Checkpoints of segmentation and detection have options of their own: --checkpoint FILE --help shows them. "
+        "On a Ray cluster: --engine ray --help.",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="images; folders are searched for images")
     parser.add_argument("--checkpoint", required=True, help="best.ckpt or last.ckpt of a run, a shared folder, or hf-hub:OWNER/NAME")

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -166,8 +167,6 @@ def schema_of(finder: Finder, about: Mapping[str, Any]) -> pa.Schema:
 
 def weights_digest(task: BaseTask) -> str:
     """SHA-256 of a task's weights and arguments, in hexadecimal."""
-    from hashlib import sha256
-
     digest = sha256(json.dumps(dict(task.hparams), default=str, sort_keys=True).encode())
     for name, value in sorted(task.state_dict().items()):
         digest.update(name.encode())
