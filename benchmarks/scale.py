@@ -25,7 +25,11 @@ from debiformer.cli.published import write_task
 from debiformer.tasks.classification import ClassificationTask
 
 PART = 100  # images
-ENGINES = {"local": [], "ray, 1 actor": ["--engine", "ray", "--actors", "1"], "ray, 2 actors": ["--engine", "ray", "--actors", "2"]}
+ENGINES = {
+    "local, 1 thread": [],
+    "ray, 1 actor": ["--engine", "ray", "--actors", "1"],
+    "ray, 2 actors": ["--engine", "ray", "--actors", "2"],
+}
 
 
 def family(pid: int) -> list[int]:
@@ -75,7 +79,7 @@ def measure(arguments: list[str], output: Path) -> dict[str, float]:
     moments: list[tuple[int, float, float]] = []  # images, seconds and seconds on processors, whenever there are more images
     begin = time.perf_counter()
     command = [sys.executable, "-m", "debiformer", "predict", "--device", "cpu", "--output", str(output), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of the local engine: Ray gives its workers threads by their CPUs
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
         while process.poll() is None:
             most = max(most, memory(process.pid))
