@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from debiformer.cli import COMMANDS, detecting, labelling, main, segmenting, share
+from debiformer.cli import COMMANDS, detecting, labelling, main, scaling, segmenting, share
 from debiformer.models import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +54,11 @@ def test_commands_parse(line, tmp_path, monkeypatch, capsys):
             main(["fit", *arguments, "--print_config"])
         assert "class_path" in capsys.readouterr().out
     if name == "predict":
-        parse = segmenting.parse if "semantic_fpn" in line else detecting.parse if "retinanet" in line else labelling.parse
-        parse(arguments)
+        kind = "segmentation" if "semantic_fpn" in line else "detection" if "retinanet" in line else "classification"
+        if "--engine ray" in line:
+            scaling.parse(kind, [word for word in arguments if word not in ("--engine", "ray")])
+        else:
+            {"segmentation": segmenting, "detection": detecting, "classification": labelling}[kind].parse(arguments)
     if name == "share":
         share.parse(arguments)
 

@@ -18,6 +18,7 @@ EXTRAS = {
     "explain": ("matplotlib", "pytorch_grad_cam"),
     "app": ("gradio",),
     "serve": ("starlette", "uvicorn", "prometheus_client"),
+    "scale": ("ray", "pyarrow", "fsspec"),
 }
 
 
@@ -66,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         parser.error(f"no command {name!r}: {did_you_mean(name, COMMANDS)}")
     command = COMMANDS[name]
-    missing = [module for extra in command.extras for module in EXTRAS[extra] if find_spec(module) is None]
+    missing = lacking(name, command.extras)
     if missing:
-        parser.error(f'debiformer {name} needs {", ".join(missing)}: pip install "debiformer[{",".join(command.extras)}]"')
+        parser.error(missing)
     module, function = command.function.split(":")
     try:
         return getattr(import_module(f".{module}", __name__), function)(arguments[1:])
@@ -81,6 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"debiformer {name}: error: {ours}", file=sys.stderr)
         return 2
+
+
+def lacking(name: str, extras: tuple[str, ...]) -> str:
+    """What to install before a command can run; nothing if all is there."""
+    missing = [module for extra in extras for module in EXTRAS[extra] if find_spec(module) is None]
+    return f'debiformer {name} needs {", ".join(missing)}: pip install "debiformer[{",".join(extras)}]"' if missing else ""
 
 
 def written_by_us(error: BaseException | None) -> BaseException | None:

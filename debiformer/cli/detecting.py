@@ -5,15 +5,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
-
-from ..data.masks import default_palette
+from ..data.images import shown
+from ..data.masks import default_palette, run_lengths
 from ..explain.boxes import draw
 from ..models.detector import Boxes
 from ..tasks.detection import DetectionTask
 from ..tasks.prediction import load_task
-from .labelling import shown
 from .pictures import each, find, parser_for, write
 from .reporting import check_folder
 
@@ -37,7 +34,7 @@ def run(arguments: list[str]) -> int:
         file.write('{"annotations": [')  # one after the other: they need not fit into memory
         count = 0
         for path, name, image in each(names):
-            found = detect(task, task.normalized(image), options.min_score)
+            found = task.detect(task.normalized(image), options.min_score)
             images.append(dict(id=len(images) + 1, file_name=shown(path), width=image.width, height=image.height))
             for row in rows(found, len(images)):
                 count += 1
@@ -53,19 +50,24 @@ def run(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of predict for detection, checked before any work is done."""
     parser = parser_for("detection: detections.json in COCO's format")
-    parser.add_argument("--min-score", type=float, default=0.3, help="least score of what is written, 0 to 1 (default 0.3)")
-    options = parser.parse_args(arguments)
-    if not 0 <= options.min_score <= 1:
-        parser.error(f"--min-score {options.min_score} is not between 0 and 1")
-    return options
+    add_min_score(parser)
+    return parser.parse_args(arguments)
 
 
-@torch.inference_mode()
-def detect(task: DetectionTask, pixels: torch.Tensor, min_score: float) -> Boxes:
-    """What is found in a normalised image (3, H, W) with at least some score, on the CPU."""
-    (found,) = task([pixels])
-    kept = found["scores"] >= min_score
-    return {name: value[kept].cpu() for name, value in found.items()}
+def add_min_score(parser: argparse.ArgumentParser) -> None:
+    """The option for what is found with little confidence."""
+    parser.add_argument("--min-score", type=score, default=0.3, help="least score of what is written, 0 to 1 (default 0.3)")
+
+
+def score(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return value
 
 
 def rows(found: Boxes, image_id: int) -> Iterator[dict[str, Any]]:
@@ -77,8 +79,5 @@ def rows(found: Boxes, image_id: int) -> Iterator[dict[str, Any]]:
         corner = [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)]
         row: dict[str, Any] = dict(image_id=image_id, category_id=label + 1, bbox=corner, score=round(score, 4))
         if "masks" in found:
-            from faster_coco_eval.core import mask as coco
-
-            code = coco.encode(np.asfortranarray((found["masks"][index, 0] > 0.5).numpy().astype(np.uint8)))
-            row["segmentation"] = {"size": list(code["size"]), "counts": code["counts"].decode("ascii")}
+            row["segmentation"] = run_lengths((found["masks"][index, 0] > 0.5).numpy())
         yield row

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..data.images import UnreadableImage, eval_transform, find_images, read_image
+from ..data.images import UnreadableImage, eval_transform, find_images, read_image, shown
 from ..tasks.prediction import PREPROCESSING, Prediction, load_classifier, predict
 from .arguments import at_least_one
 
@@ -58,7 +57,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="debiformer predict",
         description="Label images with a checkpoint of `debiformer fit`.",
-        epilog="Checkpoints of segmentation and detection have options of their own: --checkpoint FILE --help shows them.",
+        epilog="Checkpoints of segmentation and detection have options of their own: --checkpoint FILE --help shows them. "
+        "On a Ray cluster: --engine ray --help.",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="images; folders are searched for images")
     parser.add_argument("--checkpoint", required=True, help="best.ckpt or last.ckpt of a run, a shared folder, or hf-hub:OWNER/NAME")
@@ -98,11 +98,6 @@ def read_all(paths: list[Path]) -> Iterator[tuple[Path, Image | UnreadableImage]
             yield path, read_image(path)
         except UnreadableImage as error:
             yield path, error
-
-
-def shown(path: Path) -> str:
-    """A file's name, printable even where its bytes are no UTF-8."""
-    return os.fsencode(path).decode(errors="replace")
 
 
 def table(batch: list[Prediction], labels_width: int, heading: bool) -> Table:

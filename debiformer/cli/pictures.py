@@ -10,13 +10,15 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.progress import track
 
-from ..data.images import UnreadableImage, find_images, read_image
-from .labelling import device, shown
+from ..data.images import UnreadableImage, find_images, read_image, shown
+from .labelling import device
 
 
 def parser_for(task: str) -> argparse.ArgumentParser:
     """The options that dense tasks have in common."""
-    parser = argparse.ArgumentParser(prog="debiformer predict", description=f"With a checkpoint of {task}.")
+    parser = argparse.ArgumentParser(
+        prog="debiformer predict", description=f"With a checkpoint of {task}.", epilog="On a Ray cluster: --engine ray --help."
+    )
     parser.add_argument("images", nargs="+", help="image files, or folders that are searched")
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.ckpt or last.ckpt of a run")
     parser.add_argument("--output", type=Path, required=True, help="folder for what is found")

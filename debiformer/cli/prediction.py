@@ -3,9 +3,10 @@
 import argparse
 
 from ..tasks.prediction import kind_at
-from . import detecting, labelling, segmenting
+from . import detecting, labelling, lacking, segmenting
 
 RUNS = {"classification": labelling.run, "segmentation": segmenting.run, "detection": detecting.run}
+ENGINES = ("local", "ray")
 
 
 def run(arguments: list[str]) -> int:
@@ -13,9 +14,20 @@ def run(arguments: list[str]) -> int:
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it is none.
+        ModuleNotFoundError: If the engine is not installed.
+        ValueError: If it is no checkpoint.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="debiformer predict", add_help=False, allow_abbrev=False)
     parser.add_argument("--checkpoint")
-    checkpoint = parser.parse_known_args(arguments)[0].checkpoint
-    return RUNS["classification" if checkpoint is None else kind_at(checkpoint)](arguments)
+    parser.add_argument("--engine", choices=ENGINES, default="local")
+    options, others = parser.parse_known_args(arguments)
+    kind = "classification" if options.checkpoint is None else kind_at(options.checkpoint)
+    others += [] if options.checkpoint is None else ["--checkpoint", options.checkpoint]
+    if options.engine == "local":
+        return RUNS[kind](others)
+    missing = lacking("predict --engine ray", ("train", "scale"))
+    if missing:
+        raise ModuleNotFoundError(missing)
+    from . import scaling
+
+    return scaling.run(kind, others)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..data.masks import overlay, paint
+from ..models.segmentation_inference import Inference
 from ..tasks.prediction import load_task
 from ..tasks.segmentation import SegmentationTask
 from .pictures import each, find, parser_for, write
@@ -22,14 +23,7 @@ def run(arguments: list[str]) -> int:
     options = parse(arguments)
     names = find(options.images)
     task = load_task(SegmentationTask, options.checkpoint, options.device)
-    given: dict[str, Any] = {"window": options.window, "stride": options.stride, "scales": options.scales and tuple(options.scales)}
-    if options.short_side is not None:
-        given["short_side"] = options.short_side or None
-        given |= {} if options.short_side else {"long_side": None}
-    changes = {name: value for name, value in given.items() if value is not None or name.endswith("_side")}
-    if options.window is not None:  # another window has another stride, and none where it is 0
-        changes |= {"window": options.window or None, "stride": options.stride}
-    task.inference = replace(task.inference, **changes, flip=options.flip or task.inference.flip)
+    task.inference = inference_from(options, task.inference)
     check_folder(options.output)
     done = 0
     for _, name, image in each(names):
@@ -45,6 +39,12 @@ def run(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of predict for segmentation."""
     parser = parser_for("segmentation: masks as PNG with the colours of the classes")
+    add_inference(parser)
+    return parser.parse_args(arguments)
+
+
+def add_inference(parser: argparse.ArgumentParser) -> None:
+    """The options for how an image is segmented."""
     parser.add_argument("--short-side", type=int, help="pixels of an image's shorter side; 0 keeps its size (default: as in evaluation)")
     parser.add_argument(
         "--window", type=int, help="pixels of windows that slide over the image; 0 takes it whole (default: as in evaluation)"
@@ -52,4 +52,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--stride", type=int, help="pixels from one window to the next (default: two thirds of the window)")
     parser.add_argument("--scales", type=float, nargs="+", help="factors on the size, to average over (default: as in evaluation)")
     parser.add_argument("--flip", action="store_true", help="see each scale in the mirror too")
-    return parser.parse_args(arguments)
+
+
+def inference_from(options: argparse.Namespace, trained: Inference) -> Inference:
+    """How images are segmented: as in evaluation, but for what the options say.
+
+    Raises:
+        ValueError: If that will not do.
+    """
+    given: dict[str, Any] = {"window": options.window, "stride": options.stride, "scales": options.scales and tuple(options.scales)}
+    if options.short_side is not None:
+        given["short_side"] = options.short_side or None
+        given |= {} if options.short_side else {"long_side": None}
+    changes = {name: value for name, value in given.items() if value is not None or name.endswith("_side")}
+    if options.window is not None:  # another window has another stride, and none where it is 0
+        changes |= {"window": options.window or None, "stride": options.stride}
+    return replace(trained, **changes, flip=options.flip or trained.flip)

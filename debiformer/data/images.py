@@ -96,6 +96,11 @@ def looked_for() -> str:
     return " ".join(f"*{suffix}" for suffix in SUFFIXES)
 
 
+def shown(path: str | Path) -> str:
+    """A file's name, printable even where its bytes are no UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def eval_transform(
     input_size: int | Sequence[int],
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,

@@ -123,6 +123,13 @@ class DetectionTask(DenseTask):
         """Normalised images (3, H, W) to their boxes (N, 4), labels (N,) and scores (N,), and with Mask R-CNN masks (N, 1, H, W)."""
         return cast(Any, self.model(images))
 
+    @torch.inference_mode()
+    def detect(self, image: Tensor, min_score: float) -> Boxes:
+        """What is found in a normalised image (3, H, W) with at least some score, on the CPU."""
+        (found,) = self([image])
+        kept = found["scores"] >= min_score
+        return {name: value[kept].cpu() for name, value in found.items()}
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of the detector's losses of a batch of images and targets."""
         losses = cast(dict[str, Tensor], self.model(batch.images, batch.targets))

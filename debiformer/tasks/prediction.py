@@ -106,7 +106,8 @@ def predict(
     stream = iter(images)
     while batch := list(islice(stream, batch_size)):
         inputs = [transform(image) for _, image in batch if isinstance(image, Image)]
-        guesses = iter(_guess(task, torch.stack(inputs), names, min(topk, len(names))) if inputs else ())
+        with torch.inference_mode():
+            guesses = iter(guess(task(torch.stack(inputs).to(task.device)), names, topk) if inputs else ())
         for path, image in batch:
             if isinstance(image, Image):
                 yield Prediction(path, next(guesses), None)
@@ -114,8 +115,8 @@ def predict(
                 yield Prediction(path, [], str(image).removeprefix(f"{path}: "))
 
 
-@torch.inference_mode()
-def _guess(task: ClassificationTask, inputs: Tensor, names: list[str], topk: int) -> list[list[Guess]]:
-    probabilities, indices = task(inputs.to(task.device)).float().softmax(dim=-1).topk(topk)
+def guess(logits: Tensor, names: list[str], topk: int) -> list[list[Guess]]:
+    """For each row of logits (B, classes) the likeliest classes, `topk` of them or all there are."""
+    probabilities, indices = logits.float().softmax(dim=-1).topk(min(topk, len(names)))
     rows = zip(indices.tolist(), probabilities.tolist(), strict=True)
     return [[Guess(names[i], p) for i, p in zip(*row, strict=True)] for row in rows]

@@ -1,0 +1,138 @@
+"""Memory and speed of `debiformer predict --engine ray` and of the local engine: python benchmarks/scale.py [--images 400]
+
+DeBiFormer-nano at 64 pixels with random weights labels JPEGs of 500x375, the same hundred over and over: so many, and ten times as many.
+Memory is the largest sum, over the command and all processes that it started, of their proportional set
+sizes: memory that several share, as Ray's object store is, counts once. It is looked at five times a second, and so is the time that they
+spend on processors, which other work on the machine adds little to. `images/s` and `core ms` are of the long run, from the moment that its
+first results are on the disk to its last ones: libraries and Ray are loaded by then.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from record import save
+
+from debiformer.cli import bench
+from debiformer.cli.published import write_task
+from debiformer.tasks.classification import ClassificationTask
+
+PART = 100  # images
+ENGINES = {
+    "local, 1 thread": [],
+    "ray, 1 actor": ["--engine", "ray", "--actors", "1"],
+    "ray, 2 actors": ["--engine", "ray", "--actors", "2"],
+}
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    try:
+        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    except OSError:  # it has just ended
+        return []
+    return [pid, *(each for child in children for each in family(child))]
+
+
+def memory(pid: int) -> int:
+    """Bytes that a process and its family take together."""
+    total = 0
+    for each in family(pid):
+        try:
+            lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has just ended
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def processor_seconds(pid: int) -> dict[int, float]:
+    """Seconds on processors of each process of a family."""
+    found = {}
+    for each in family(pid):
+        try:
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        found[each] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+def images_in(output: Path) -> int:
+    """Images whose results are on the disk."""
+    if output.suffix:
+        return max(len(output.read_bytes().splitlines()) - 1, 0) if output.exists() else 0
+    return PART * len(list(output.glob("part-*.parquet")))
+
+
+def measure(arguments: list[str], output: Path) -> dict[str, float]:
+    """Seconds and largest MB of a command, and the images per second and core milliseconds per image while it writes."""
+    most = 0
+    busy: dict[int, float] = {}
+    moments: list[tuple[int, float, float]] = []  # images, seconds and seconds on processors, whenever there are more images
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "debiformer", "predict", "--device", "cpu", "--output", str(output), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of the local engine: Ray gives its workers threads by their CPUs
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while process.poll() is None:
+            most = max(most, memory(process.pid))
+            busy |= processor_seconds(process.pid)
+            done = images_in(output)
+            if done and (not moments or done > moments[-1][0]):
+                moments.append((done, time.perf_counter(), sum(busy.values())))
+            time.sleep(0.2)
+        assert process.stderr is not None
+        assert process.returncode == 0, process.stderr.read()
+    found = {"s": time.perf_counter() - begin, "MB": most / 1e6}
+    images, seconds, working = (last - first for first, last in zip(moments[0], moments[-1], strict=True))
+    return found | ({"images/s": images / seconds, "core ms": 1000 * working / images} if images else {})
+
+
+def write_images(folder: Path, count: int) -> None:
+    """A hundred JPEGs of smooth noise, about as large as photographs are, under as many names as asked for."""
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for number in range(count):
+        file = folder / f"{number:06}.jpg"
+        if number < 100:
+            pixels = noise.integers(0, 256, (125, 167, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(file, quality=90)
+        else:
+            os.link(folder / f"{number % 100:06}.jpg", file)
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=400, help="of the short run; the long one has ten times as many")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        checkpoint, counts = Path(work, "nano.ckpt"), (options.images, 10 * options.images)
+        write_task(ClassificationTask("debiformer_nano", ["a", "b", "c"], (3, 64, 64)), checkpoint)
+        for count in counts:
+            write_images(Path(work, str(count)), count)
+        megabytes = sum(file.stat().st_size for file in Path(work, str(counts[1])).iterdir()) / counts[1] / 1e6
+        for number, (engine, arguments) in enumerate(ENGINES.items()):
+            row: dict[str, object] = {"engine": engine}
+            for count in counts:
+                bench.tell(f"{engine}, {count} images")
+                output = Path(work, f"{number}_{count}{'' if arguments else '.csv'}")
+                sized = ["--part-size", str(PART)] if arguments else []
+                found = measure([f"{work}/{count}", "--checkpoint", str(checkpoint), *arguments, *sized], output)
+                row |= {f"{count}: s": round(found["s"], 1), f"{count}: peak MB": round(found["MB"])}
+            rows.append(row | {name: round(found[name], 1) for name in ("images/s", "core ms")})
+    print(bench.table(rows))
+    print(f"{megabytes:.3f} MB an image")
+    print(save("scale", {"MB of an image": round(megabytes, 3), "rows": rows}, packages=("ray", "pyarrow")))
+
+
+if __name__ == "__main__":
+    run()
