@@ -108,7 +108,8 @@ def fit(size, description):
         limits = [limit / side for limit, side in zip(description["size"], size, strict=True)]
     by = min(limits, default=1.0)
     if description["task"] == "detection":
-        return tuple(max(int(side * by), 1) for side in size)
+        whole = int if description["size"] is None else round  # torchvision's way, or up to the size of the file
+        return tuple(max(whole(side * by), 1) for side in size)
     return tuple(max(round(side * by), LEAST) for side in size)
 
 
