@@ -33,38 +33,42 @@ from debiformer.models.pyramid import Pyramid
 Run = Callable[[], Tensor]
 
 PACKAGES = {"onnx": "ONNX Runtime", "onnxscript": "ONNX Runtime", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-FILES = {  # path: which file it runs, as a format and a precision
-    "torch.export": ("torch-export", "float32"),
-    "AOTInductor": ("aoti", "float32"),
-    "ONNX Runtime": ("onnx", "float32"),
-    "ONNX Runtime, int8": ("onnx", "int8"),
-    "OpenVINO": ("openvino", "float32"),
-    "OpenVINO, fixed": ("openvino", "float32"),
-    "OpenVINO, by image": ("openvino", "float32"),
-    "OpenVINO, bfloat16": ("openvino", "bfloat16"),
+FILES = {  # path: which file it runs, as a format, a precision, and whether it is for any size
+    "torch.export": ("torch-export", "float32", False),
+    "AOTInductor": ("aoti", "float32", False),
+    "ONNX Runtime": ("onnx", "float32", False),
+    "ONNX Runtime, any size": ("onnx", "float32", True),
+    "ONNX Runtime, int8": ("onnx", "int8", False),
+    "OpenVINO": ("openvino", "float32", False),
+    "OpenVINO, fixed": ("openvino", "float32", False),
+    "OpenVINO, by image": ("openvino", "float32", False),
+    "OpenVINO, any size": ("openvino", "float32", True),
+    "OpenVINO, bfloat16": ("openvino", "bfloat16", False),
 }
 USUAL = [path for path in FILES if path != "AOTInductor"]  # which takes minutes for each model
 
 
-def file_of(folder: str, model: str, form: str, precision: str) -> Path:
+def file_of(folder: str, model: str, form: str, precision: str, any_size: bool) -> Path:
     """Where `export` writes."""
-    return Path(folder, f"{model}_{form}_{precision}{FORMATS[form].suffix}")
+    return Path(folder, f"{model}_{form}_{precision}_{'any' if any_size else 'one'}{FORMATS[form].suffix}")
 
 
-def export(model: str, forms: list[tuple[str, str]], folder: str, size: int) -> dict[str, float]:
-    """Write a preset or a timm model in these formats and precisions; the seconds that each took."""
+def export(model: str, files: list[tuple[str, str, bool]], folder: str, size: int) -> dict[str, float]:
+    """Write a preset, or a timm model but for any size, in these formats and precisions; the seconds that each took."""
     outputs = Outputs(folded(made(model)))
     took = {}
-    for form, precision in forms:
+    for form, precision, any_size in files:
+        if any_size and not isinstance(outputs.model, Pyramid):
+            continue
         start = time.perf_counter()
-        description = Description(
-            "classification", ("logits",), (size, size), False, False, None, None, (0.0,) * 3, (1.0,) * 3, 1.0, "bicubic", precision, (), ""
-        )
-        file = file_of(folder, model, form, precision)
+        how: Any = dict(one_image=False, short_side=None, long_side=None, crop_pct=1.0, interpolation="bicubic", class_names=(), version="")
+        how |= dict(mean=(0.0,) * 3, std=(1.0,) * 3)
+        description = Description("classification", ("logits",), (size, size), any_size, precision=precision, **how)
+        file = file_of(folder, model, form, precision, any_size)
         FORMATS[form].save(FORMATS[form].convert(graph(outputs, description), description), file, description, 1)
         if precision == "int8":
             quantize(file, [images(4, size).numpy()])
-        took[f"{form} {precision}"] = time.perf_counter() - start
+        took[f"{form} {precision}{' any size' if any_size else ''}"] = time.perf_counter() - start
     return took
 
 
@@ -167,8 +171,9 @@ def measure(models: list[str], batch: int, paths: list[str], folder: str, thread
             runs[name, "twin"] = bench.inference(twin, x)
         runs[name, "eager"] = bench.inference(eager[name], x)
         for path in paths:
-            if batch > 1 or path != "OpenVINO, by image":
-                runs[name, path] = running(path, file_of(folder, name, *FILES[path]), x, threads)
+            file = file_of(folder, name, *FILES[path])
+            if file.exists() and (batch > 1 or path != "OpenVINO, by image"):
+                runs[name, path] = running(path, file, x, threads)
     seconds = bench.alternate({f"{name}: {path}": run for (name, path), run in runs.items()}, rounds, progress=True)
     rows = []
     with torch.no_grad():  # after the timing: what it frees would change how glibc allocates from then on
@@ -213,10 +218,10 @@ def main() -> None:
     options = parser.parse_args()
     check_packages(options.paths)
     models = [*options.models, *options.peers]
-    forms = list(dict.fromkeys(FILES[path] for path in options.paths))
+    files = list(dict.fromkeys(FILES[path] for path in options.paths))
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        took = {name: call(__file__, dict(task="export", model=name, forms=forms, folder=folder, size=options.size)) for name in models}
+        took = {name: call(__file__, dict(task="export", model=name, files=files, folder=folder, size=options.size)) for name in models}
         for batch in options.batches:
             for threads in options.threads:
                 for allocator in options.allocators:

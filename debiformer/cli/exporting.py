@@ -1,75 +1,80 @@
 """Command export: a checkpoint as a file that runs without this library, compared with it on the spot."""
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from copy import deepcopy
-from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL.Image import Image
 from torch import nn
 
 from .. import __version__
-from ..data.blood_cells import whole_images
-from ..data.images import find_images, read_image
+from ..data.images import find_images
 from ..deploy import example
-from ..deploy.agreement import TOLERANCE, Agreement, agreement
 from ..deploy.formats import FORMATS, Format, coreml_interface
-from ..deploy.graphs import Description, Outputs, folded, graph
+from ..deploy.graphs import Description, Outputs, folded, graph, reference
 from ..deploy.quantization import quantize
 from ..tasks.detection import DetectionTask
 from ..tasks.prediction import kind_at, load_classifier, load_task
 from ..tasks.segmentation import SegmentationTask
 from .arguments import at_least_one
+from .comparing import compare_decisions, compare_outputs, compare_routes, readable
 
 STRIDES = (4, 8, 16, 32)
 DENSE: dict[str, Any] = {"segmentation": SegmentationTask, "detection": DetectionTask}
-OTHER_SIZES = ((64, 96), (160, 224))  # at which files for any size are compared too
-CALIBRATION = 300  # images are plenty for the ranges of activations
+CALIBRATION = 300  # images at most: plenty for the ranges of activations
 
 
 def run(arguments: list[str]) -> int:
     """Export and compare; 1 if the file does not agree with eager mode, else 0.
 
     Raises:
-        FileNotFoundError: If the checkpoint, the output's folder or an image is missing.
+        FileNotFoundError: If the checkpoint, the output's folder, an image or a compiler is missing.
         ValueError: If the checkpoint, the size, the precision or the file's ending will not do.
         ImportError: If the format needs what is not installed.
+        RuntimeError: If the model cannot be converted.
     """
     options = parse(arguments)
     form = FORMATS[options.format]
     file = options.output or Path(f"{Path(options.checkpoint).stem}{form.suffix}")
     check(options, form, file)
-    calibration = find_images(options.calibration) if options.calibration else []
+    paths = find_images(options.calibration) if options.calibration else []
+    paths = paths[:: -(-len(paths) // CALIBRATION) or 1]  # of all folders alike
     model, description = read(options.checkpoint, form, options)
     begin = time.perf_counter()
-    routes = form.routes and description.precision != "int8"  # which is made of a file of its own
-    outputs = Outputs(folded(model), options.features, routes)
     size = "x".join(map(str, description.size)) if description.size else "any size"
     more = ", or any other," if description.any_size and description.size else ""
-    print(
-        f"{file.name}: {description.task} of images of {size}{more} {'one' if description.one_image else 'any number'} at once", flush=True
-    )
-    given = deepcopy(outputs).bfloat16() if description.precision == "bfloat16" and form.suffix == ".pt2" else outputs
-    converted = form.convert(graph(given, description), description)
-    photos = [read_image(path) for path, _ in whole_images()]
-    holds = check_routes(form, converted, description, outputs, photos) if outputs.routes else True
-    form.save(converted, file, description, len(description.outputs))
-    if description.precision == "int8":
-        quantize(file, (prepared(read_image(path), description) for path in calibration[:CALIBRATION]))
+    print(f"{file.name}: {description.task} of images of {size}{more} {at_once(description)} at once", flush=True)
+    routes = form.routes and description.precision != "int8"  # which is made of a file of its own
+    outputs = Outputs(folded(model), options.features, routes)
+    if description.precision == "bfloat16" and form.suffix == ".pt2":
+        outputs = outputs.bfloat16()
+    try:
+        converted = form.convert(graph(outputs, description), description)
+    except Exception as error:  # each converter has errors of its own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RuntimeError(f"checkpoint {options.checkpoint} cannot be exported as {options.format}, for {size}: {reason}") from error
+    eager = Outputs(reference(model), options.features, routes)
+    holds = compare_routes(form, converted, description, eager) if routes else True
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as folder:  # what is half done is not left behind
+        made = Path(folder, file.name)
+        form.save(converted, made, description, len(description.outputs))
+        if description.precision == "int8":
+            quantize(made, readable(paths, description))
+        for part in Path(folder).iterdir():
+            place = file.parent / part.name
+            if place.is_dir():  # as Core ML has it
+                shutil.rmtree(place)
+            part.replace(place)
     runner = Path(file.parent, f"run_{file.stem}.py")
     shutil.copyfile(example.__file__, runner)
     if form.runs_here:
-        holds = check_outputs(file, description, outputs, photos) and holds
-        if calibration and description.task != "features":
-            print_alike(file, description, outputs, calibration)
+        holds = compare_outputs(file, description, eager) and holds
+        if paths and description.task != "features":
+            compare_decisions(file, description, eager, paths)
     else:
         print(f"not compared  {options.format} runs on Macs only; the file maps {coreml_interface(file)}")
     print(f"written  {file} in {time.perf_counter() - begin:.0f} s; run it without this library: python {runner} {file} IMAGE")
@@ -78,77 +83,9 @@ def run(arguments: list[str]) -> int:
     return 0 if holds else 1
 
 
-def check_routes(form: Format, converted: Any, description: Description, outputs: Outputs, photos: list[Image]) -> bool:
-    """Print how many regions are routed as in eager mode, by a file of the same graph that tells; False if others are wrong in float32."""
-    count = len(description.outputs)
-    total = Agreement([])
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"routed{form.suffix}")
-        for index, images in enumerate(batches(description, photos)):
-            expected = expected_of(outputs, images)
-            if index == 0:
-                form.save(converted, file, description, len(expected))
-                runs = run_of(file)
-            found = agreement(runs(images), expected, count, rows=description.task == "detection")
-            total.routes, total.tied, total.other = total.routes + found.routes, total.tied + found.tied, total.other + found.other
-    equal = total.routes - total.tied - total.other
-    ties = f", and {total.tied} between regions that answer alike, as those of padding do" if total.tied else ""
-    print(f"routes  {equal} of {total.routes} equal{ties}")
-    return not total.other or description.precision != "float32"
-
-
-def check_outputs(file: Path, description: Description, outputs: Outputs, photos: list[Image]) -> bool:
-    """Print how far the outputs of a file are from eager mode's; False if that is too far for float32."""
-    runs = run_of(file)
-    exact = description.precision == "float32"
-    holds = True
-    for images in batches(description, photos):
-        found = agreement(runs(images), expected_of(outputs, images), len(description.outputs), rows=description.task == "detection")
-        holds = holds and (found.holds or not exact)
-        bound = f"float32: at most {TOLERANCE:g}" if exact else f"{description.precision}: no bound"
-        for name, error in zip(description.outputs, found.errors, strict=True):
-            shape = f"{len(images)}x{images.shape[2]}x{images.shape[3]}"
-            print(f"batch {shape}  {name}: differs from eager mode by {error:.1e} of its norm ({bound})")
-    return holds
-
-
-def print_alike(file: Path, description: Description, outputs: Outputs, paths: list[Path]) -> None:
-    """Print for how many images, or pixels of masks, a file decides as eager mode does."""
-    runs = run_of(file)
-    same = total = 0
-    for path in paths:
-        images = prepared(read_image(path), description)
-        (found, *_), (expected, *_) = runs(images), expected_of(outputs, images)
-        same += int((found.argmax(1) == expected.argmax(1)).sum())
-        total += expected.argmax(1).size
-    what = "images" if description.task == "classification" else "pixels"
-    print(f"decided alike  {same} of {total} {what} of --calibration ({same / total:.2%})")
-
-
-def batches(description: Description, photos: list[Image]) -> Iterator[np.ndarray]:
-    """Photographs as the model takes them, (B, 3, H, W): one and all, and where any size will do, of others too."""
-    sizes = [description.size, *(OTHER_SIZES if description.any_size else ())]
-    for size in sizes:
-        shape = replace(description, size=size)
-        yield prepared(photos[0], shape)
-        if size is not None and not description.one_image:
-            yield np.concatenate([prepared(photo, shape) for photo in photos])
-
-
-def prepared(image: Image, description: Description) -> np.ndarray:
-    """An image as the program beside the file brings it to the model."""
-    return example.prepare(image, asdict(description))
-
-
-@torch.no_grad()
-def expected_of(outputs: Outputs, images: np.ndarray) -> list[np.ndarray]:
-    """What eager mode finds."""
-    return [out.numpy() for out in outputs(torch.from_numpy(images))]
-
-
-def run_of(file: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """What runs a file: the program that lies beside it."""
-    return example.load(file)[1]
+def at_once(description: Description) -> str:
+    """How many images a file takes, in words."""
+    return "one" if description.one_image else "any number"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -193,6 +130,8 @@ def check(options: argparse.Namespace, form: Format, file: Path) -> None:
         raise ValueError(f"--precision {options.precision}: files of {options.format} are written in {' or '.join(form.precisions)}")
     if options.precision == "int8" and not options.calibration:
         raise ValueError("--precision int8 needs the ranges of activations: give --calibration IMAGE_OR_FOLDER, a few hundred images")
+    if options.format == "aoti" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise FileNotFoundError("--format aoti compiles C++, and there is no compiler: install g++ or clang++, or set CXX")
     if options.size == [None] and not form.any_size:
         raise ValueError(f"--size any: a file of {options.format} has one size: give --size HEIGHT WIDTH")
 
@@ -211,8 +150,15 @@ def read(source: str, form: Format, options: argparse.Namespace) -> tuple[nn.Mod
         raise ValueError(f"--precision {options.precision}: checkpoint {source} is of detection, whose boxes need float32")
     if kind == "detection" and not form.runs_here:
         raise ValueError(f"--format {options.format}: checkpoint {source} is of detection, whose operations it does not have")
-    task = load_classifier(source) if kind == "classification" else load_task(DENSE[kind], Path(source))
+    if kind == "detection" and options.calibration:
+        raise ValueError(f"--calibration judges decisions, one for each image or pixel: checkpoint {source} is of detection")
+    if kind == "detection" and not form.any_size and options.format != "coreml":
+        raise ValueError(f"--format {options.format}: files of detectors were not tried in it; torch-export runs in PyTorch too")
+    task: Any = load_classifier(source) if kind == "classification" else load_task(DENSE[kind], Path(source))
+    if options.features and [map_info["reduction"] for map_info in task.model.feature_info] != list(STRIDES):
+        raise ValueError(f"--features gives maps at strides 4 to 32: checkpoint {source} is of a model that has others")
     limits = {"short_side": None, "long_side": None}
+    stride = None
     if kind == "classification":
         usual: tuple[int, int] | None = tuple(task.hparams["input_size"])[-2:]
         crop_pct, interpolation = task.hparams["crop_pct"], task.hparams["interpolation"]
@@ -221,18 +167,22 @@ def read(source: str, form: Format, options: argparse.Namespace) -> tuple[nn.Mod
         usual = None if window is None else (window, window)
         crop_pct, interpolation = None, "bilinear"
         limits = {name: task.hparams[name] for name in limits}
+        stride = task.hparams.get("stride")
     any_size = options.size == [None] or (options.size is None and usual is None and form.any_size)
     size = usual if options.size in (None, [None]) else (options.size[0], options.size[-1])
     if size is None and not any_size:
         raise ValueError(f"checkpoint {source} takes images of any size, a file of {options.format} those of one: give --size HEIGHT WIDTH")
     if any_size and kind != "classification":
         size = None
+    if kind == "segmentation" and size is not None and stride is None:
+        stride = max(min(size) * 2 // 3, 1)
     return task.model, Description(
         task="features" if options.features else kind,
         outputs=outputs_of(kind, options.features, getattr(task.model, "detector", "")),
         size=size,
         any_size=any_size,
         one_image=kind == "detection" or not form.runs_here,
+        stride=None if size is None else stride,
         **limits,
         mean=tuple(task.hparams["mean"]),
         std=tuple(task.hparams["std"]),

@@ -22,7 +22,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--engine", choices=ENGINES, default="local")
     options, others = parser.parse_known_args(arguments)
     kind = "classification" if options.checkpoint is None else kind_at(options.checkpoint)
-    others += [] if options.checkpoint is None else ["--checkpoint", options.checkpoint]
+    others = [*([] if options.checkpoint is None else ["--checkpoint", options.checkpoint]), *others]
     if options.engine == "local":
         return RUNS[kind](others)
     missing = lacking("predict --engine ray", ("train", "scale"))

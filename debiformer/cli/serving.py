@@ -5,11 +5,10 @@ import asyncio
 import io
 import logging
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import prometheus_client as prometheus
+import torch
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
@@ -17,9 +16,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from torch import Tensor
 
-from ..data.images import UnreadableImage, decode_image, eval_transform
-from ..tasks.prediction import PREPROCESSING, load_classifier, predict
+from ..data.images import FORMATS, UnreadableImage, decode_image, eval_transform
+from ..tasks.prediction import PREPROCESSING, guess, load_classifier
 from .arguments import at_least_one
 from .labelling import device
 
@@ -40,8 +40,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max-bytes", default=20_000_000, type=at_least_one, help="of a request's body (default 20000000)")
     parser.add_argument("--device", default="auto", type=device, help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     options = parser.parse_args(arguments)
-    Image.MAX_IMAGE_PIXELS = 50_000_000  # a small file may unfold to any number
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # an error of itself only from twice as many
+    Image.MAX_IMAGE_PIXELS = 25_000_000  # a small file may unfold to any number; Pillow refuses twice as many
     metrics = Route("/metrics", lambda _: Response(prometheus.generate_latest(), media_type=prometheus.CONTENT_TYPE_LATEST))
     routes = [Route("/predict", Service(options).answer, methods=["POST"]), Route("/health", lambda _: Response("ok")), metrics]
     app = Starlette(routes=routes, max_body_size=options.max_bytes)
@@ -53,7 +52,7 @@ class Service:
     """A model, and the images that wait for it: those that come while it sees to a batch are the next one."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.task = options, load_classifier(options.checkpoint, options.device)
+        self.options, self.most, self.task = options, options.batch_size, load_classifier(options.checkpoint, options.device)
         self.transform = eval_transform(**{name: self.task.hparams[name] for name in PREPROCESSING})
         self.model, self.places, self.waiting = ThreadPoolExecutor(1), asyncio.Semaphore(options.at_once), asyncio.Queue[tuple]()
         self.worker: asyncio.Task | None = None
@@ -68,8 +67,8 @@ class Service:
             async with self.places, asyncio.timeout(self.options.timeout):
                 body = await request.body()
                 status, found = 504, f"no answer within {self.options.timeout} seconds"
-                image = await asyncio.to_thread(decode_image, io.BytesIO(body), f"body of {len(body)} bytes")
-                self.waiting.put_nowait((image, labels := asyncio.get_running_loop().create_future()))
+                pixels = await asyncio.to_thread(lambda: self.transform(decode_image(io.BytesIO(body), "body", FORMATS)))
+                self.waiting.put_nowait((pixels, labels := asyncio.get_running_loop().create_future()))
                 status, found = await labels
         except (HTTPException, UnreadableImage, ClientDisconnect) as error:
             status, found = getattr(error, "status_code", 400), getattr(error, "detail", str(error))
@@ -81,19 +80,20 @@ class Service:
     async def work(self) -> None:
         """See to all that waits, at most so many at a time."""
         while True:
-            batch = [await self.waiting.get()]
-            batch += [self.waiting.get_nowait() for _ in range(min(self.waiting.qsize(), self.options.batch_size - 1))]
+            batch = [await self.waiting.get(), *(self.waiting.get_nowait() for _ in range(min(self.waiting.qsize(), self.most - 1)))]
+            if not (batch := [waiting for waiting in batch if not waiting[1].done()]):  # the time of others is up
+                continue
             BATCHES.observe(len(batch))
-            found = await asyncio.get_running_loop().run_in_executor(self.model, self.label, [image for image, _ in batch])
+            found = await asyncio.get_running_loop().run_in_executor(self.model, self.label, [pixels for pixels, _ in batch])
             for (_, labels), result in zip(batch, found, strict=True):
-                if not labels.done():  # its time was up
-                    labels.set_result(result)
+                labels.done() or labels.set_result(result)
 
-    def label(self, images: list[Image.Image]) -> list[tuple[int, object]]:
+    @torch.inference_mode()
+    def label(self, images: list[Tensor]) -> list[tuple[int, object]]:
         """Status 200 and labels for each image; 500 for all where the model fails, which the log then tells."""
         try:
-            found = predict(self.task, [(Path(), image) for image in images], self.transform, len(images), self.options.topk)
-            return [(200, [guess._asdict() for guess in prediction.guesses]) for prediction in found]
+            found = guess(self.task(torch.stack(images).to(self.task.device)), self.task.hparams["class_names"], self.options.topk)
+            return [(200, [label._asdict() for label in labels]) for labels in found]
         except Exception:
             logging.getLogger("uvicorn.error").exception("the model failed")
             return [(500, "the model failed")] * len(images)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of such files; Pillow reads others by starting programs
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -36,10 +37,10 @@ def read_image(path: str | Path) -> Image.Image:
     return decode_image(path, str(path))
 
 
-def decode_image(file: str | Path | IO[bytes], name: str) -> Image.Image:
-    """As `read_image`, from a path or an open file that messages call `name`."""
+def decode_image(file: str | Path | IO[bytes], name: str, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """As `read_image`, from a path or an open file that messages call `name`; in one of these formats, or all that Pillow knows."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=formats) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError as error:
         raise UnreadableImage(f"{name}: not an image, or in a format that Pillow cannot read") from error

@@ -28,7 +28,12 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """Whether all outputs are within `TOLERANCE`, and no other regions were chosen."""
-        return max(self.errors) <= TOLERANCE and not self.other
+        return all(error <= TOLERANCE for error in self.errors) and not self.other
+
+    @property
+    def finite(self) -> bool:
+        """Whether all outputs are numbers, as they must be in any precision."""
+        return bool(np.isfinite(self.errors).all())
 
 
 def agreement(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], outputs: int, rows: bool = False) -> Agreement:
@@ -45,7 +50,7 @@ def agreement(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], outpu
     for layer in range(outputs, len(expected), 2):
         (routes, affinities), (other_routes, other_affinities) = ((values[layer], values[layer + 1]) for values in (expected, found))
         differ = (routes != other_routes).any(-1)
-        apart = np.abs(affinities - other_affinities).max(-1) > TOLERANCE * np.abs(affinities).max()
+        apart = ~(np.abs(affinities - other_affinities).max(-1) <= TOLERANCE * np.abs(affinities).max())  # so is what is no number
         total.routes += differ.size
         total.tied += int((differ & ~apart).sum())
         total.other += int((differ & apart).sum())
@@ -53,14 +58,14 @@ def agreement(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], outpu
 
 
 def paired(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The expected detections (boxes, labels, scores, masks), and for each the one found that has its label and the nearest box.
+    """Detections (boxes, labels, scores, masks) in pairs: with each expected one the nearest of its label that was found, and the reverse.
 
     Those that are as unsure as the last that there is room for are left out: which of them there is room for is a matter of rounding.
     """
-    scores = expected[2]
-    kept = scores > (scores[-1] * (1 + TOLERANCE) if scores[-1] > 0 else 0)
-    distance = np.abs(expected[0][kept][:, None] - found[0][None]).max(-1)
-    distance[expected[1][kept][:, None] != found[1][None]] = np.inf
-    distance[:, found[2] <= 0] = np.inf
-    nearest = distance.argmin(1)
-    return [(a[nearest], b[kept]) for a, b in zip(found, expected, strict=True)]
+    least = max(found[2][-1], expected[2][-1], 0) * (1 + TOLERANCE)
+    of_expected, of_found = expected[2] > least, found[2] > least
+    distance = np.abs(expected[0][:, None] - found[0][None]).max(-1)
+    distance[(expected[1][:, None] != found[1][None]) | (expected[2][:, None] <= 0) | (found[2][None] <= 0)] = np.inf
+    there, here = distance[of_expected].argmin(1), distance[:, of_found].argmin(0)
+    pairs = zip(found, expected, strict=True)
+    return [(np.concatenate([a[there], a[of_found]]), np.concatenate([b[of_expected], b[here]])) for a, b in pairs]

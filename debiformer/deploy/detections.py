@@ -22,6 +22,10 @@ class Detections(nn.Module):
 
     (1, 3, H, W) to boxes (N, 4) in its pixels, labels (N,) from 0 and scores (N,), the highest first, and with Mask R-CNN masks (N, 28, 28)
     from 0 to 1 that span their boxes. N is the detector's limit; where it finds less, scores end with 0.
+
+    Two things differ from torchvision, and matter seldom: boxes of all classes are suppressed in one go, moved apart by class in float32,
+    which blurs them by 0.01 pixels with a hundred classes and more with more; and a map's stride is what it is, where torchvision takes it
+    from the image's size, wrongly below 70 pixels.
     """
 
     def __init__(self, detector: Detector) -> None:
@@ -92,6 +96,25 @@ class Detections(nn.Module):
         boxes, level_of, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
         scores, at = highest(suppressed(boxes, scores, level_of, rpn.nms_thresh, size), rpn.post_nms_top_n())
         return boxes[at], scores
+
+
+class Undivided(nn.Module):
+    """What a detector, which is no more of use otherwise, gives by torchvision's code, in the form of `Detections`: it must be the same."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+        self.transform: Any = cast(Any, self.detector.model).transform
+        self.transform.postprocess = lambda found, *sizes: found  # boxes stay in pixels of the input, masks over their boxes
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        size = images.shape[2:]
+        self.transform.min_size, self.transform.max_size = (min(size),), max(size)  # as it comes
+        (found,) = cast(Any, self.detector)([images[0]])
+        model: Any = self.detector.model
+        most = model.detections_per_img if self.detector.detector == "retinanet" else model.roi_heads.detections_per_img
+        rows = [found["boxes"], found["labels"], found["scores"], *([found["masks"][:, 0]] if "masks" in found else [])]
+        return tuple(torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in rows)
 
 
 def by_level(counts: list[int], *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -61,8 +61,19 @@ def load(file):
     return description, lambda images: [out.numpy() for out in run(torch.from_numpy(images))]
 
 
+def read(picture):
+    """An image in 8-bit RGB, upright; transparency is laid on white, deep grey scaled."""
+    image = ImageOps.exif_transpose(Image.open(picture))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return image.convert("F").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def prepare(image, description):
-    """An image as the model wants it, (1, 3, H, W)."""
+    """An image as the model wants it, (1, 3, H, W); where it sees windows, the whole of it."""
     filter = RESAMPLING[description["interpolation"]]
     if description["task"] == "detection":
         values = normalized(image, description)
@@ -70,11 +81,9 @@ def prepare(image, description):
         values = stretched(values, *fitting)
         height, width = description["size"] or (max(side, LEAST) for side in fitting)
         return np.pad(values, ((0, 0), (0, height - fitting[0]), (0, width - fitting[1])))[None]
-    if description["size"] is None:
+    if description["task"] == "segmentation":
         height, width = fit((image.height, image.width), description)
         image = image.resize((width, height), filter)
-    elif description["crop_pct"] is None:
-        image = image.resize(description["size"][::-1], filter)
     else:
         image = cropped(image, description["size"], description["crop_pct"], filter)
     return np.ascontiguousarray(normalized(image, description)[None])
@@ -104,13 +113,37 @@ def fit(size, description):
     """Height and width within the limits of the description, of the same proportions."""
     short, long = description["short_side"], description["long_side"]
     limits = [pixels / side for pixels, side in ((short, min(size)), (long, max(size))) if pixels]
-    if description["size"] is not None:
-        limits = [limit / side for limit, side in zip(description["size"], size, strict=True)]
-    by = min(limits, default=1.0)
     if description["task"] == "detection":
+        if description["size"] is not None:
+            limits = [limit / side for limit, side in zip(description["size"], size, strict=True)]
+        by = min(limits)
         whole = int if description["size"] is None else round  # torchvision's way, or up to the size of the file
         return tuple(max(whole(side * by), 1) for side in size)
-    return tuple(max(round(side * by), LEAST) for side in size)
+    by = min(limits, default=1.0)
+    return tuple(max(round(side * by), LEAST if description["size"] is None else 1) for side in size)
+
+
+def windows(values, description):
+    """Top, left and part (1, 3, height, width) of the windows that see an image (1, 3, H, W), with zeros beyond its border."""
+    starts = []
+    for length, window in zip(values.shape[2:], description["size"], strict=True):
+        starts.append([*range(0, length - window, description["stride"]), max(length - window, 0)])
+    height, width = description["size"]
+    values = np.pad(values, ((0, 0), (0, 0), (0, max(height - values.shape[2], 0)), (0, max(width - values.shape[3], 0))))
+    for top in starts[0]:
+        for left in starts[1]:
+            yield top, left, np.ascontiguousarray(values[:, :, top : top + height, left : left + width])
+
+
+def segment(values, run, description):
+    """Logits (classes, H, W) of an image (1, 3, H, W): means over the windows that see a pixel."""
+    height, width = (max(pair) for pair in zip(values.shape[2:], description["size"], strict=True))
+    total = np.zeros((len(description["class_names"]) + 1, height, width), dtype=np.float32)
+    for top, left, part in windows(values, description):
+        seen = total[:, top : top + part.shape[2], left : left + part.shape[3]]
+        seen[:-1] += run(part)[0][0]
+        seen[-1] += 1
+    return (total[:-1] / total[-1])[:, : values.shape[2], : values.shape[3]]
 
 
 def stretched(values, height, width):
@@ -132,7 +165,7 @@ def pasted(mask, box, height, width):
     chances = stretched(np.pad(mask, 1)[None], max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))[0]
     inside = np.zeros((height, width), dtype=bool)
     top, left = max(y0, 0), max(x0, 0)
-    part = chances[top - y0 : height - y0, left - x0 : width - x0] > 0.5
+    part = chances[top - y0 : max(height - y0, 0), left - x0 : max(width - x0, 0)] > 0.5
     inside[top : top + part.shape[0], left : left + part.shape[1]] = part
     return inside
 
@@ -144,15 +177,18 @@ def objects(outputs, image, description):
     scale = np.array([image.width / width, image.height / height] * 2, dtype=np.float32)
     for row in np.flatnonzero(scores > 0):
         box = boxes[row] * scale
-        mask = pasted(masks[0][row], box, image.height, image.width) if masks else None
-        yield description["class_names"][labels[row]], scores[row], box, mask
+        inside = box.clip(0, [image.width, image.height] * 2)  # of the image, beside which there may be zeros
+        if (inside[2:] > inside[:2]).all():
+            mask = pasted(masks[0][row], box, image.height, image.width) if masks else None
+            yield description["class_names"][labels[row]], scores[row], inside, mask
 
 
 def main(file, picture):
     """Print what the model finds; masks and boxes are drawn into a picture beside the image."""
     description, run = load(Path(file))
-    image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
-    outputs = run(prepare(image, description))
+    image = read(picture)
+    values = prepare(image, description)
+    outputs = run(values) if description["stride"] is None else [segment(values, run, description)[None]]
     names = description["class_names"]
     if description["task"] == "classification":
         chances = np.exp(outputs[0][0] - outputs[0][0].max())

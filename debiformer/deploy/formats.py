@@ -1,6 +1,5 @@
 """The formats: how a graph is converted to each, and how the file is written; `example.load` runs any of them."""
 
-import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch.export import ExportedProgram
 
 from .example import KEY
 from .graphs import Description, first_outputs
+from .logs import quiet
 
 
 class Format(NamedTuple):
@@ -44,8 +44,8 @@ def to_onnx(program: ExportedProgram, description: Description) -> Any:
     from onnx_ir import Shape
     from onnx_ir.traversal import RecursiveGraphIterator
 
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of each constant that it does not fold
-    made: Any = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
+    with quiet("onnxscript"):  # which tells of each constant that it does not fold
+        made: Any = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
     for node in RecursiveGraphIterator(made.model.graph):
         node.metadata_props.clear()  # where it came from, larger than the weights
     (images,) = made.model.graph.inputs
@@ -118,7 +118,6 @@ def to_coreml(program: ExportedProgram, description: Description) -> Any:
     """An ML program, by Apple's converter, which takes no number of images but one."""
     import coremltools
 
-    logging.getLogger("coremltools").setLevel(logging.ERROR)  # it tells of each index that it makes an int32
     program = program.run_decompositions({})
     for node in list(program.graph.nodes):
         if node.target is torch.ops.aten.alias.default:  # unknown to it
@@ -128,7 +127,8 @@ def to_coreml(program: ExportedProgram, description: Description) -> Any:
     precision = half if description.precision == "float16" else coremltools.precision.FLOAT32
     outputs = [coremltools.TensorType(name=name) for name in description.outputs]
     target = coremltools.target.iOS17
-    return coremltools.convert(program, outputs=outputs, minimum_deployment_target=target, compute_precision=precision)
+    with quiet("coremltools"):  # which tells of each index that it makes an int32
+        return coremltools.convert(program, outputs=outputs, minimum_deployment_target=target, compute_precision=precision)
 
 
 def save_coreml(made: Any, file: Path, description: Description, outputs: int) -> None:
@@ -151,7 +151,9 @@ def coreml_interface(file: Path) -> str:
 
 FORMATS = {
     "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), "export", to_onnx, save_onnx, ("float32", "float16", "int8")),
-    "openvino": Format(".xml", ("openvino",), "export", to_openvino, save_openvino, ("float32", "float16", "bfloat16")),
+    "openvino": Format(
+        ".xml", ("openvino", "onnx", "onnxscript"), "export", to_openvino, save_openvino, ("float32", "float16", "bfloat16")
+    ),
     "torch-export": Format(".pt2", (), "export", to_program, save_torch_export),
     "aoti": Format(".pt2", (), "export", to_program, save_aoti, routes=False, any_size=False),
     "coreml": Format(

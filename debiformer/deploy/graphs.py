@@ -15,7 +15,7 @@ from torch.fx.experimental import _config as config
 from ..models.detector import Detector
 from ..models.segmenter import Segmenter
 from ..ops.observation import watch
-from .detections import Detections
+from .detections import Detections, Undivided
 
 BATCH = Dim("batch", min=1, max=65536)
 SIDE = Dim.DYNAMIC(min=64, max=16384)  # pixels of a side, where any will do
@@ -33,6 +33,7 @@ class Description:
         size: Height and width that images are brought to; None where they keep theirs, within the limits of `short_side` and `long_side`.
         any_size: Whether other sizes, of at least 64 pixels a side, are taken too.
         one_image: Whether images are taken one at a time only, as by detectors.
+        stride: Pixels from one window to the next, where larger images are seen in windows of `size`, as by segmenters.
         short_side: Pixels that the shorter side gets, unless the longer would have more than `long_side`; None for no limit.
         long_side: See there.
         mean: Of the channels red, green and blue, for values from 0 to 1; inputs are (value - mean) / std.
@@ -49,6 +50,7 @@ class Description:
     size: tuple[int, int] | None
     any_size: bool
     one_image: bool
+    stride: int | None
     short_side: int | None
     long_side: int | None
     mean: tuple[float, ...]
@@ -95,9 +97,20 @@ class Outputs(nn.Module):
         return tuple(value.float() if value.is_floating_point() else value for value in given)
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float32 and evaluation mode."""
+    return deepcopy(model).cpu().float().eval().requires_grad_(False)
+
+
+def reference(model: nn.Module) -> nn.Module:
+    """What a file of a model must agree with: the model, or the detector as it is, in eager mode."""
+    model = copied(model)
+    return Undivided(model).eval() if isinstance(model, Detector) else model
+
+
 def folded(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose norms are folded into convolutions where they can be, exactly; of a detector, as `Detections`."""
-    model = deepcopy(model).cpu().float().eval().requires_grad_(False)
+    """A copy whose norms are folded into convolutions where they can be, exactly; of a detector, as `Detections`."""
+    model = copied(model)
     network: Any = model.backbone.maps.model if isinstance(model, Segmenter | Detector) else model
     reparameterize_model(network, inplace=True)  # not of a head, whose part that fuses maps timm would call
     return Detections(model).eval() if isinstance(model, Detector) else model

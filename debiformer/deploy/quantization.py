@@ -1,12 +1,13 @@
 """Files in eight bits: ONNX Runtime's static quantisation, with the ranges that real images give."""
 
-import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .logs import quiet
 
 
 def quantize(file: Path, batches: Iterable[np.ndarray]) -> None:
@@ -30,9 +31,8 @@ def quantize(file: Path, batches: Iterable[np.ndarray]) -> None:
             batch = next(self.stream, None)
             return None if batch is None else {"images": batch}
 
-    logging.getLogger().setLevel(logging.ERROR)
     described = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         prepared = Path(folder, "prepared.onnx")
         quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
         model = onnx.load(prepared)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ import pytest
 import torch
 from PIL import Image
 from tasks_on_disk import CLASSES, random_task, save
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from debiformer.cli import exporting, main
+from debiformer.cli import comparing, exporting, main
+from debiformer.data.images import eval_transform, read_image
 from debiformer.deploy.agreement import agreement, paired
-from debiformer.deploy.detections import Detections
-from debiformer.deploy.example import load, objects, prepare
+from debiformer.deploy.detections import Detections, Undivided
+from debiformer.deploy.example import load, objects, prepare, read, segment, stretched
 from debiformer.deploy.graphs import Description, Outputs, folded, graph
+from debiformer.models.segmentation_inference import Inference
+from debiformer.models.segmentation_inference import segment as segment_whole
 from debiformer.tasks.detection import DetectionTask
 from debiformer.tasks.segmentation import SegmentationTask
 
@@ -196,7 +201,10 @@ def test_detections_are_those_of_torchvision(kind, sure):
         torch.testing.assert_close(boxes[:count], expected["boxes"], atol=1e-3, rtol=0)
         torch.testing.assert_close(scores[:count], expected["scores"])
         assert torch.equal(labels[:count], expected["labels"])
-        assert len(masks) == (kind == "mask_rcnn")
+        if kind == "mask_rcnn":
+            torch.testing.assert_close(paste_masks_in_image(masks[0][:count, None], boxes[:count], shape), expected["masks"])
+        for ours, theirs in zip(Undivided(deepcopy(task.model))(image[None]), (boxes, labels, scores, *masks), strict=True):
+            torch.testing.assert_close(ours[:count], theirs[:count], atol=1e-3, rtol=1e-5)
 
 
 def test_torch_export_of_a_detector(photo, tmp_path, capsys):
@@ -223,11 +231,59 @@ def test_torch_export_of_a_detector(photo, tmp_path, capsys):
         assert drawn.size == (140, 90)
 
 
+def test_detections_beside_the_image_are_left_out():
+    """A file of a fixed size sees zeros beside an image that it does not fit."""
+    how = dict(task="detection", size=[128, 96], short_side=64, long_side=128, class_names=CLASSES)
+    image = Image.new("RGB", (140, 90))  # which becomes 96x62
+    boxes = np.array([[10, 10, 30, 40], [10, 70, 40, 120], [80, 40, 96, 100]], dtype=np.float32)
+    masks = np.ones((3, 28, 28), dtype=np.float32)
+    found = [*objects((boxes, np.array([0, 1, 2]), np.array([0.9, 0.8, 0.7], dtype=np.float32), masks), image, how)]
+    assert [name for name, *_ in found] == ["a", "c"]
+    assert all((box >= 0).all() and (box <= [140, 90, 140, 90]).all() for _, _, box, _ in found)
+    assert all(mask.shape == (90, 140) and mask.any() for *_, mask in found)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "I;16", "P"])
+def test_the_program_sees_what_predict_sees(size, interpolation, mode, tmp_path):
+    shape = (120, 90) if mode == "RGB" else (90, 130)
+    values = np.random.default_rng(0).integers(0, 256, (*shape, len(mode) if mode in ("RGB", "RGBA") else 1), dtype=np.uint8)
+    image = Image.fromarray(values.squeeze()) if mode != "I;16" else Image.fromarray(values[..., 0].astype(np.uint16) * 257)
+    image.convert("P") if mode == "P" else image
+    image.save(tmp_path / "image.png")
+    how = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), crop_pct=0.9, interpolation=interpolation)
+    expected = eval_transform(size, **how)(read_image(tmp_path / "image.png")).numpy()
+    found = prepare(read(tmp_path / "image.png"), dict(task="classification", size=list(size), **how))
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+def test_windows_are_those_of_predict(photo):
+    task = random_segmenter("semantic_fpn")
+    with Image.open(photo) as image:
+        pixels = task.normalized(image)
+    how = dict(task="segmentation", size=[64, 64], stride=40, short_side=70, long_side=None, class_names=CLASSES)
+    how |= dict(mean=task.hparams["mean"], std=task.hparams["std"], interpolation="bilinear")
+    runs = []
+
+    def run(part):
+        runs.append(part.shape)
+        with torch.no_grad():
+            return [task(torch.from_numpy(part)).numpy()]
+
+    logits = segment(prepare(read(photo), how), run, how)
+    assert (logits.shape, runs) == ((len(CLASSES), 70, 109), [(1, 3, 64, 64)] * 6)
+    expected = segment_whole(task.model, pixels, Inference(short_side=70, window=64, stride=40)).numpy()
+    assert (stretched(logits, *pixels.shape[1:]).argmax(0) == expected).mean() > 0.99
+    small = segment(prepare(read(photo), how | dict(short_side=20)), run, how)  # smaller than a window: zeros fill it up
+    assert small.shape == (len(CLASSES), 20, 31)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["retinanet", "mask_rcnn"])
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("form", ["onnx", "openvino", "torch-export"])
 def test_detectors_take_any_size(kind, form, tmp_path, capsys):
-    file = tmp_path / {"onnx": "any.onnx", "openvino": "any.xml"}[form]
+    file = tmp_path / {"onnx": "any.onnx", "openvino": "any.xml", "torch-export": "any.pt2"}[form]
     code, said = export(capsys, save(detector(kind), tmp_path / "boxes.ckpt"), "--format", form, "--output", file)
     assert code == 0, said
     assert said.count("boxes: differs from eager mode") == 3
@@ -237,7 +293,7 @@ def test_detectors_take_any_size(kind, form, tmp_path, capsys):
 def test_one_graph_serves_every_size(kind):
     model = random_segmenter("upernet", head_args=dict(channels=32)).model if kind == "upernet" else random_task(kind).model
     size = dict(size=None, any_size=True, one_image=False, short_side=None, long_side=None)
-    how = dict(mean=(), std=(), crop_pct=None, interpolation="", precision="float32", class_names=(), version="")
+    how = dict(stride=None, mean=(), std=(), crop_pct=None, interpolation="", precision="float32", class_names=(), version="")
     program = graph(Outputs(folded(model)), Description(task="classification", outputs=("logits",), **size, **how))
     for batch, height, width in ((1, 64, 64), (2, 65, 230), (3, 96, 64)):
         images = torch.from_numpy(noise(batch, height, width))
@@ -269,10 +325,11 @@ def test_core_ml_program(classifier, tmp_path, capsys):
 def test_reduced_precision(form, suffix, precision, classifier, tmp_path, capsys):
     _, checkpoint = classifier
     file = tmp_path / f"less{suffix}"
-    cells = Path(exporting.whole_images()[0][0]).parent
+    cells = Path(comparing.whole_images()[0][0]).parent
     options = ("--format", form, "--precision", precision, "--calibration", cells, "--output", file)
     code, said = export(capsys, checkpoint, *options)
     assert code == 0, said
+    assert {path.name for path in tmp_path.iterdir()} >= {file.name}
     (share,) = re.findall(r"decided alike  \d+ of \d+ images of --calibration \((.*)%\)", said)
     assert float(share) > 80
     (error,) = re.findall(r"batch 6x64x64  logits: differs from eager mode by (\S+) of", said)
@@ -297,7 +354,7 @@ def test_a_file_that_disagrees_is_called_out(tmp_path, capsys, monkeypatch):
         description, run = load(file)
         return description, lambda images: [out * np.float32(1.001) if out.dtype == np.float32 else out for out in run(images)]
 
-    monkeypatch.setattr(exporting.example, "load", wrong)
+    monkeypatch.setattr(comparing.example, "load", wrong)
     code, said = export(capsys, checkpoint, "--format", "torch-export", "--output", tmp_path / "model.pt2")
     assert code == 1
     assert "The file does NOT agree" in said
@@ -317,6 +374,10 @@ def test_agreement_tells_ties_from_other_routes():
     differs = agreement([logits, other, worse], [logits, routes, affinities], 1)
     assert (differs.routes, differs.tied, differs.other, differs.holds) == (4, 0, 1, False)
     assert not agreement([logits * (1 + 2e-5)], [logits], 1).holds
+    broken = agreement([logits, logits * np.nan], [logits, logits], 2)
+    assert (broken.holds, broken.finite) == (False, False)
+    lost = agreement([logits, other, affinities * np.float32(np.nan)], [logits, routes, affinities], 1)
+    assert (lost.tied, lost.other) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +407,11 @@ def test_agreement_of_detections_needs_no_order():
     assert agreement([boxes[swapped], labels[swapped], scores], [boxes, labels, scores], 3, rows=True).errors == [0, 0, 0]
     assert not agreement([boxes + np.float32(1e-2), labels, scores], [boxes, labels, scores], 3, rows=True).holds
     assert not agreement([boxes, np.array([0, 1, 0, 0]), scores], [boxes, labels, scores], 3, rows=True).holds
+    nothing = np.zeros_like(scores)
+    for less in (np.array([0.9, 0.5, 0, 0], dtype=np.float32), nothing):  # what one of them finds and the other does not
+        assert not agreement([boxes, labels, scores], [boxes, labels, less], 3, rows=True).holds
+        assert not agreement([boxes, labels, less], [boxes, labels, scores], 3, rows=True).holds
+    assert agreement([boxes, labels, nothing], [boxes, labels, nothing], 3, rows=True).holds
 
 
 def test_tasks_and_packages_that_are_missing(segmenter, tmp_path, capsys, monkeypatch):
@@ -357,9 +423,18 @@ def test_tasks_and_packages_that_are_missing(segmenter, tmp_path, capsys, monkey
     assert code == 2
     assert "--features is for classification" in said
     boxes = save(detector("retinanet"), tmp_path / "boxes.ckpt")
-    code, said = export(capsys, boxes, "--precision", "float16")
+    for given, message in (
+        (["--precision", "float16"], "is of detection, whose boxes need float32"),
+        (["--calibration", str(boxes)], "--calibration judges decisions"),
+        (["--format", "aoti", "--size", "64"], "files of detectors were not tried in it"),
+        (["--format", "coreml", "--size", "64"], "whose operations it does not have"),
+    ):
+        code, said = export(capsys, boxes, *given)
+        assert code == 2
+        assert message in said
+    code, said = export(capsys, save(random_task("test_resnet"), tmp_path / "other.ckpt"), "--features")
     assert code == 2
-    assert "is of detection, whose boxes need float32" in said
+    assert "is of a model that has others" in said
     monkeypatch.setattr(exporting, "find_spec", lambda package: None)
     for form, extra in (("openvino", "export"), ("coreml", "coreml")):
         code, said = export(capsys, segmenter[1], "--format", form)
