@@ -61,7 +61,9 @@ def export(model: str, files: list[tuple[str, str, bool]], folder: str, size: in
         if any_size and not isinstance(outputs.model, Pyramid):
             continue
         start = time.perf_counter()
-        how: Any = dict(one_image=False, short_side=None, long_side=None, crop_pct=1.0, interpolation="bicubic", class_names=(), version="")
+        how: Any = dict(
+            one_image=False, stride=None, short_side=None, long_side=None, crop_pct=1.0, interpolation="bicubic", class_names=(), version=""
+        )
         how |= dict(mean=(0.0,) * 3, std=(1.0,) * 3)
         description = Description("classification", ("logits",), (size, size), any_size, precision=precision, **how)
         file = file_of(folder, model, form, precision, any_size)
@@ -231,7 +233,11 @@ def main() -> None:
                     print(f"\n{bench.table(rows)}", flush=True)
                     results += rows
                     found = {"export seconds": took, "rows": results}
-                    save("deploy", found, packages=[package for package, path in PACKAGES.items() if path in options.paths])
+                    save(
+                        "deploy",
+                        found,
+                        packages=[package for package, path in PACKAGES.items() if any(asked.startswith(path) for asked in options.paths)],
+                    )
 
 
 if __name__ == "__main__":

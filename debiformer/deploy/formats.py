@@ -42,10 +42,24 @@ class Format(NamedTuple):
 def to_onnx(program: ExportedProgram, description: Description) -> Any:
     """PyTorch's own conversion to ONNX."""
     from onnx_ir import Shape
+    from onnx_ir.passes import common
     from onnx_ir.traversal import RecursiveGraphIterator
+    from onnxscript.optimizer import fold_constants
 
     with quiet("onnxscript"):  # which tells of each constant that it does not fold
-        made: Any = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
+        made: Any = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+        # All that `optimize=True` does but for rewriting by patterns, which takes the square of the graph: minutes for larger models.
+        common.InlinePass()(made.model)
+        fold_constants(made.model)
+        for simplify in (
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.LiftSubgraphInitializersToMainGraphPass(),
+            common.DeduplicateInitializersPass(),
+            common.CommonSubexpressionEliminationPass(),
+        ):
+            simplify(made.model)
     for node in RecursiveGraphIterator(made.model.graph):
         node.metadata_props.clear()  # where it came from, larger than the weights
     (images,) = made.model.graph.inputs
