@@ -85,7 +85,12 @@ def save_onnx(made: Any, file: Path, description: Description, outputs: int) -> 
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     kept = [*DEFAULT_OP_BLOCK_LIST, "GridSample"]  # which reads between pixels, and must know where
-    onnx.save(convert_float_to_float16(made.model_proto, keep_io_types=True, op_block_list=kept), file)
+    converted = convert_float_to_float16(made.model_proto, keep_io_types=True, op_block_list=kept)
+    once = {node.output[0]: node for node in reversed(converted.graph.node)}  # it casts a value for each that wants it, under one name
+    nodes = [node for node in converted.graph.node if node is once[node.output[0]]]
+    del converted.graph.node[:]
+    converted.graph.node.extend(nodes)
+    onnx.save(converted, file)
 
 
 def to_openvino(program: ExportedProgram, description: Description) -> Any:
