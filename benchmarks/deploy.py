@@ -80,19 +80,6 @@ def made(name: str) -> nn.Module:
     return timm.create_model(name).eval()
 
 
-@torch.no_grad()
-def write(model: nn.Module, x: Tensor, path: str, file: str) -> None:
-    """Write the graph of a model for images of this shape and no other."""
-    if path == "ONNX Runtime":
-        torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False).save(file)
-    else:
-        import openvino
-
-        # Without the shapes all of the graph would be dynamic.
-        converted = openvino.convert_model(torch.export.export(model, (x,)), input=[tuple(x.shape)])
-        openvino.save_model(converted, file, compress_to_fp16=False)
-
-
 def in_onnx_runtime(file: str, x: Tensor, threads: int) -> Run:
     """The graph in ONNX Runtime, all of whose optimisations are on by default."""
     import onnxruntime

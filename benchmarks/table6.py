@@ -14,10 +14,11 @@ from typing import Any
 
 import timm
 import torch
-from deploy import PACKAGES, Run, check_packages, in_onnx_runtime, in_openvino, write
+from deploy import PACKAGES, Run, check_packages, in_onnx_runtime, in_openvino
 from fresh import answer, call
 from pairs import TOLERANCE, images, relative_error
 from record import save
+from torch import Tensor, nn
 
 import debiformer  # noqa: F401  registers the presets
 from debiformer.cli import bench
@@ -49,6 +50,19 @@ def measure(model: str, rows: list[dict[str, list[int]]], path: str, threads: in
             if error > TOLERANCE:
                 raise RuntimeError(f"{model} with {row}: the output in {path} differs from the model's, relative L2 {error}")
         return [1000 * seconds for seconds in bench.alternate(runs, rounds, progress=True).values()]
+
+
+@torch.no_grad()
+def write(model: nn.Module, x: Tensor, path: str, file: str) -> None:
+    """Write the graph of a model for images of this shape and no other."""
+    if path == "ONNX Runtime":
+        torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False).save(file)
+    else:
+        import openvino
+
+        # Without the shapes all of the graph would be dynamic.
+        converted = openvino.convert_model(torch.export.export(model, (x,)), input=[tuple(x.shape)])
+        openvino.save_model(converted, file, compress_to_fp16=False)
 
 
 def main() -> None:

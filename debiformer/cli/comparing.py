@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,18 @@ from ..deploy.graphs import Description, Outputs
 OTHER_SIZES = ((64, 96), (160, 224))  # at which files for any size are compared too
 
 
-def compare_routes(form: Format, converted: Any, description: Description, eager: Outputs) -> bool:
+Checks = Sequence[tuple[np.ndarray, list[np.ndarray]]]  # images, and what eager mode finds in them
+
+
+def compare_routes(form: Format, converted: Any, description: Description, checks: Checks) -> bool:
     """Print how many regions are routed as in eager mode, by a file of the same graph that tells; False if others are wrong in float32."""
     count = len(description.outputs)
     total = Agreement([])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"routed{form.suffix}")
-        for index, images in enumerate(batches(description)):
-            expected = run_eager(eager, images)
-            if index == 0:
-                form.save(converted, file, description, len(expected))
-                run = runner_of(file)
+        form.save(converted, file, description, len(checks[0][1]))
+        run = runner_of(file)
+        for images, expected in checks:
             found = agreement(run(images), expected, count, rows=description.task == "detection")
             total.routes, total.tied, total.other = total.routes + found.routes, total.tied + found.tied, total.other + found.other
     equal = total.routes - total.tied - total.other
@@ -40,14 +41,13 @@ def compare_routes(form: Format, converted: Any, description: Description, eager
     return not total.other or description.precision != "float32"
 
 
-def compare_outputs(file: Path, description: Description, eager: Outputs) -> bool:
+def compare_outputs(file: Path, description: Description, checks: Checks) -> bool:
     """Print how far the outputs of a file are from eager mode's; False if that is too far for float32, or no number at all."""
     run = runner_of(file)
     exact = description.precision == "float32"
     bound = f"float32: at most {TOLERANCE:g}" if exact else f"{description.precision}: no bound"
     holds = True
-    for images in batches(description):
-        expected = run_eager(eager, images)
+    for images, expected in checks:
         found = agreement(run(images), expected, len(description.outputs), rows=description.task == "detection")
         holds = holds and (found.holds if exact else found.finite)
         shape = f"{len(images)}x{images.shape[2]}x{images.shape[3]}"
@@ -68,6 +68,11 @@ def compare_decisions(file: Path, description: Description, eager: Outputs, path
         total += expected.size
     what = "images" if description.task == "classification" else "pixels"
     print(f"decided alike  {same} of {total} {what} of --calibration" + (f" ({same / total:.2%})" if total else ""))
+
+
+def checks_of(eager: Outputs, description: Description) -> Checks:
+    """What files are compared on."""
+    return [(images, run_eager(eager, images)) for images in batches(description)]
 
 
 def batches(description: Description) -> Iterator[np.ndarray]:

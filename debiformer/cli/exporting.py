@@ -17,14 +17,13 @@ from ..deploy import example
 from ..deploy.formats import FORMATS, Format, coreml_interface
 from ..deploy.graphs import Description, Outputs, folded, graph, reference
 from ..deploy.quantization import quantize
-from ..tasks.detection import DetectionTask
+from ..models.backbone import STRIDES
+from ..models.segmentation_inference import usual_stride
 from ..tasks.prediction import kind_at, load_classifier, load_task
-from ..tasks.segmentation import SegmentationTask
 from .arguments import at_least_one
-from .comparing import compare_decisions, compare_outputs, compare_routes, readable
+from .comparing import checks_of, compare_decisions, compare_outputs, compare_routes, readable
+from .kinds import KINDS
 
-STRIDES = (4, 8, 16, 32)
-DENSE: dict[str, Any] = {"segmentation": SegmentationTask, "detection": DetectionTask}
 CALIBRATION = 300  # images at most: plenty for the ranges of activations
 
 
@@ -47,7 +46,8 @@ def run(arguments: list[str]) -> int:
     begin = time.perf_counter()
     size = "x".join(map(str, description.size)) if description.size else "any size"
     more = ", or any other," if description.any_size and description.size else ""
-    print(f"{file.name}: {description.task} of images of {size}{more} {at_once(description)} at once", flush=True)
+    count = "one" if description.one_image else "any number"
+    print(f"{file.name}: {description.task} of images of {size}{more} {count} at once", flush=True)
     routes = form.routes and description.precision != "int8"  # which is made of a file of its own
     outputs = Outputs(folded(model), options.features, routes)
     if description.precision == "bfloat16" and form.suffix == ".pt2":
@@ -58,7 +58,8 @@ def run(arguments: list[str]) -> int:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RuntimeError(f"checkpoint {options.checkpoint} cannot be exported as {options.format}, for {size}: {reason}") from error
     eager = Outputs(reference(model), options.features, routes)
-    holds = compare_routes(form, converted, description, eager) if routes else True
+    checks = checks_of(eager, description) if form.runs_here else []
+    holds = compare_routes(form, converted, description, checks) if routes else True
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as folder:  # what is half done is not left behind
         made = Path(folder, file.name)
         form.save(converted, made, description, len(description.outputs))
@@ -72,7 +73,7 @@ def run(arguments: list[str]) -> int:
     runner = Path(file.parent, f"run_{file.stem}.py")
     shutil.copyfile(example.__file__, runner)
     if form.runs_here:
-        holds = compare_outputs(file, description, eager) and holds
+        holds = compare_outputs(file, description, checks) and holds
         if paths and description.task != "features":
             compare_decisions(file, description, eager, paths)
     else:
@@ -81,11 +82,6 @@ def run(arguments: list[str]) -> int:
     if not holds:
         print("The file does NOT agree with the model that it was made from: do not deploy it before you know why.")
     return 0 if holds else 1
-
-
-def at_once(description: Description) -> str:
-    """How many images a file takes, in words."""
-    return "one" if description.one_image else "any number"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -148,14 +144,12 @@ def read(source: str, form: Format, options: argparse.Namespace) -> tuple[nn.Mod
         raise ValueError(f"--features is for classification: checkpoint {source} is of {kind}")
     if kind == "detection" and options.precision != "float32":
         raise ValueError(f"--precision {options.precision}: checkpoint {source} is of detection, whose boxes need float32")
-    if kind == "detection" and not form.runs_here:
-        raise ValueError(f"--format {options.format}: checkpoint {source} is of detection, whose operations it does not have")
+    if kind == "detection" and form.no_detectors:
+        raise ValueError(f"--format {options.format}: checkpoint {source} is of detection: {form.no_detectors}")
     if kind == "detection" and options.calibration:
         raise ValueError(f"--calibration judges decisions, one for each image or pixel: checkpoint {source} is of detection")
-    if kind == "detection" and not form.any_size and options.format != "coreml":
-        raise ValueError(f"--format {options.format}: files of detectors were not tried in it; torch-export runs in PyTorch too")
-    task: Any = load_classifier(source) if kind == "classification" else load_task(DENSE[kind], Path(source))
-    if options.features and [map_info["reduction"] for map_info in task.model.feature_info] != list(STRIDES):
+    task: Any = load_classifier(source) if kind == "classification" else load_task(KINDS[kind].task, Path(source))
+    if options.features and [map_info["reduction"] for map_info in task.model.feature_info] != STRIDES:
         raise ValueError(f"--features gives maps at strides 4 to 32: checkpoint {source} is of a model that has others")
     limits = {"short_side": None, "long_side": None}
     stride = None
@@ -175,7 +169,7 @@ def read(source: str, form: Format, options: argparse.Namespace) -> tuple[nn.Mod
     if any_size and kind != "classification":
         size = None
     if kind == "segmentation" and size is not None and stride is None:
-        stride = max(min(size) * 2 // 3, 1)
+        stride = usual_stride(min(size))
     return task.model, Description(
         task="features" if options.features else kind,
         outputs=outputs_of(kind, options.features, getattr(task.model, "detector", "")),

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -41,10 +40,9 @@ def agreement(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], outpu
 
     With `rows`, the outputs are those of `Detections`, whose rows have no order where scores are alike.
     """
-    compared: Any = [(a, b) for a, b in zip(found[:outputs], expected[:outputs], strict=True)]
-    compared = paired(*([pair[i] for pair in compared] for i in range(2))) if rows else compared
-    errors = [float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)) for a, b in compared]
-    total = Agreement(errors)
+    ours, theirs = found[:outputs], expected[:outputs]
+    pairs = paired(ours, theirs) if rows else list(zip(ours, theirs, strict=True))
+    total = Agreement([float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)) for a, b in pairs])
     if len(found) == outputs:
         return total
     for layer in range(outputs, len(expected), 2):

@@ -26,6 +26,7 @@ class Format(NamedTuple):
         routes: Whether a second file, with the routes, is quickly made.
         any_size: Whether height and width can be left open.
         runs_here: Whether files can be run, and so compared, on any machine.
+        no_detectors: Why there are no files of detectors; empty where there are.
     """
 
     suffix: str
@@ -37,6 +38,7 @@ class Format(NamedTuple):
     routes: bool = True
     any_size: bool = True
     runs_here: bool = True
+    no_detectors: str = ""
 
 
 def to_onnx(program: ExportedProgram, description: Description) -> Any:
@@ -174,7 +176,16 @@ FORMATS = {
         ".xml", ("openvino", "onnx", "onnxscript"), "export", to_openvino, save_openvino, ("float32", "float16", "bfloat16")
     ),
     "torch-export": Format(".pt2", (), "export", to_program, save_torch_export),
-    "aoti": Format(".pt2", (), "export", to_program, save_aoti, routes=False, any_size=False),
+    "aoti": Format(
+        ".pt2",
+        (),
+        "export",
+        to_program,
+        save_aoti,
+        routes=False,
+        any_size=False,
+        no_detectors="they were not tried in it; torch-export runs in PyTorch too",
+    ),
     "coreml": Format(
         ".mlpackage",
         ("coremltools",),
@@ -185,5 +196,6 @@ FORMATS = {
         routes=False,
         any_size=False,
         runs_here=False,
+        no_detectors="it does not have their operations",
     ),
 }

@@ -32,6 +32,6 @@ class ResidualDepthwiseConv2d(DepthwiseConv2d):
         if x.device.type != "cpu" or x.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
             return x + super().forward(x)  # half precision and TF32 would lose the filters' digits beside the ones
         centre = self.kernel_size[0] // 2
-        one = torch.ones(1, 1, 1, 1, dtype=self.weight.dtype, device=self.weight.device)
+        one = torch.ones(1, 1, 1, 1, dtype=self.weight.dtype, device=self.weight.device)  # Core ML's converter knows no new_ones
         weight = self.weight + F.pad(one, (centre,) * 4)
         return self._conv_forward(x.permute(0, 3, 1, 2), weight, self.bias).permute(0, 2, 3, 1)

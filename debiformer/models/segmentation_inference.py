@@ -96,7 +96,7 @@ def slide(model: Model, image: Tensor, window: int, stride: int | None) -> Itera
 
     All are written to the same memory: each is to be used before the next is asked for.
     """
-    stride = stride or max(window * 2 // 3, 1)
+    stride = stride or usual_stride(window)
     height, width = image.shape[1:]
     tops, lefts = starts(height, window, stride), starts(width, window, stride)
     rows = min(window, height)
@@ -115,6 +115,11 @@ def slide(model: Model, image: Tensor, window: int, stride: int | None) -> Itera
             some = slice(row, min(row + ROWS, rows - done))
             total[:, some] = total[:, some.start + done : some.stop + done].clone()
         total[:, rows - done :] = 0
+
+
+def usual_stride(window: int) -> int:
+    """Pixels from one window to the next: two thirds of it."""
+    return max(window * 2 // 3, 1)
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:

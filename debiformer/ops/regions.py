@@ -55,7 +55,7 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     if is_compiling() and not (statically_known_true(below == 0) and statically_known_true(right == 0)):
         # A slice is contiguous or not: a graph with it would not serve every size.
         return F.pad(x.contiguous(), (0, 0, 0, -right, 0, -below))
-    return settled(x.narrow(1, 0, height).narrow(2, 0, width))
+    return settled(x.narrow(1, 0, height).narrow(2, 0, width))  # a slice would ask whether the map is that large
 
 
 def partition(x: Tensor, grid: Grid) -> Tensor:

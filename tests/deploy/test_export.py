@@ -426,8 +426,8 @@ def test_tasks_and_packages_that_are_missing(segmenter, tmp_path, capsys, monkey
     for given, message in (
         (["--precision", "float16"], "is of detection, whose boxes need float32"),
         (["--calibration", str(boxes)], "--calibration judges decisions"),
-        (["--format", "aoti", "--size", "64"], "files of detectors were not tried in it"),
-        (["--format", "coreml", "--size", "64"], "whose operations it does not have"),
+        (["--format", "aoti", "--size", "64"], "is of detection: they were not tried in it"),
+        (["--format", "coreml", "--size", "64"], "is of detection: it does not have their operations"),
     ):
         code, said = export(capsys, boxes, *given)
         assert code == 2
