@@ -33,7 +33,7 @@ docs: $(VENV)/ready ## the pages, into site/
 dist: $(VENV)/ready ## the source archive and the wheel, built from it, in dist/; the quickstart runs in an empty environment
 	rm -rf dist
 	$(BIN)/python -m build
-	PYTHON=$(PYTHON) scripts/try_wheel.sh dist/*.whl
+	PYTHON=$(PYTHON) scripts/try_dist.sh dist/*.tar.gz dist/*.whl
 
 timm-tests: $(VENV)/ready ## timm's own tests on our presets: make timm-tests TIMM=path/to/a/timm/checkout
 	cd $(TIMM) && $(abspath $(BIN))/python -m pytest tests/test_models.py -p debiformer -k "(debiformer or biformer) and not torchscript"

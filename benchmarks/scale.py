@@ -4,24 +4,32 @@ DeBiFormer-nano at 64 pixels with random weights labels JPEGs of 500x375, the sa
 Memory is the largest sum, over the command and all processes that it started, of their proportional set
 sizes: memory that several share, as Ray's object store is, counts once. It is looked at five times a second, and so is the time that they
 spend on processors, which other work on the machine adds little to. `images/s` and `core ms` are of the long run, from the moment that its
-first results are on the disk to its last ones: libraries and Ray are loaded by then.
+first results are on the disk to its last ones: libraries and Ray are loaded by then. Then what the arithmetic of docs/scale.md starts from.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from record import save
 
 from debiformer.cli import bench
 from debiformer.cli.published import write_task
+from debiformer.data.images import read_image
+from debiformer.scale.cluster import arrange, cluster, machines, predict_parts
+from debiformer.scale.findings import Labels, schema_of
+from debiformer.scale.sources import find_parts
+from debiformer.scale.storage import Output, PartFile
+from debiformer.scale.workers import Setting
 from debiformer.tasks.classification import ClassificationTask
 
 PART = 100  # images
@@ -108,6 +116,47 @@ def write_images(folder: Path, count: int) -> None:
             os.link(folder / f"{number % 100:06}.jpg", file)
 
 
+def arithmetic(folder: Path) -> dict[str, float]:
+    """What a larger run is reckoned from: seconds of a core to read and decode an image, bytes of names and rows, seconds of parts."""
+    task = ClassificationTask("test_convnext", ["cat", "dog", "horse"], (3, 224, 224)).eval()
+    finder = Labels(task, 3, True)
+    images = sorted(Path(folder, "images").iterdir())[:100]
+    begin = time.process_time()
+    for image in images:
+        finder.prepare(read_image(image))
+    found = {"decode core s": (time.process_time() - begin) / len(images)}
+    names = [f"s3://bucket/photographs/of/2026/shard.tar#{number:09}" for number in range(4096)]
+    found["name bytes"] = (sum(map(sys.getsizeof, names)) + sys.getsizeof(names)) / len(names)
+    noise = torch.Generator().manual_seed(0)
+    rows = [row for _ in range(64) for row in finder.find(torch.randn(64, 3, 224, 224, generator=noise).unbind())]
+    schema = schema_of(finder, {})
+    for what, columns in (("row", [name for name in schema.names if name != "embedding"]), ("embedding", ["embedding"])):
+        output = Output(str(folder / what))
+        output.begin({})
+        with PartFile(output, 0, pa.schema([schema.field(name) for name in columns])) as file:
+            file.write([{"path": name, "error": None} | row for name, row in zip(names, rows, strict=True)])
+        found[f"{what} bytes"] = next((folder / what).glob("*.parquet")).stat().st_size / len(rows)
+    return found | {"embedding channels": len(rows[0]["embedding"]), "parts/s": empty_parts(finder, folder)}
+
+
+def empty_parts(finder: Labels, folder: Path, count: int = 2000) -> float:
+    """Parts without an image that two workers are handed, and write, in a second."""
+    shards = folder / "shards"
+    shards.mkdir()
+    for number in range(count):
+        tarfile.open(shards / f"{number:06}.tar", "w").close()
+    output = Output(str(folder / "nothing"))
+    output.begin({})
+    parts = find_parts([str(shards)], PART, "image")
+    with cluster(None):
+        workers = arrange(machines(), "cpu", 2)
+        setting = Setting(finder, schema_of(finder, {}), output.address, "image", "cpu", workers.cpus, workers.memory, 1)
+        reports = predict_parts(parts, setting, workers)
+        next(reports)
+        begin = time.perf_counter()
+        return sum(1 for _ in reports) / (time.perf_counter() - begin)
+
+
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=400, help="of the short run; the long one has ten times as many")
@@ -129,9 +178,12 @@ def run() -> None:
                 found = measure([f"{work}/{count}", "--checkpoint", str(checkpoint), *arguments, *sized], output)
                 row |= {f"{count}: s": round(found["s"], 1), f"{count}: peak MB": round(found["MB"])}
             rows.append(row | {name: round(found[name], 1) for name in ("images/s", "core ms")})
-    print(bench.table(rows))
-    print(f"{megabytes:.3f} MB an image")
-    print(save("scale", {"MB of an image": round(megabytes, 3), "rows": rows}, packages=("ray", "pyarrow")))
+        print(bench.table(rows))
+        print(f"{megabytes:.3f} MB an image")
+        Path(work, "images").symlink_to(Path(work, str(counts[0])))
+        found = {name: float(f"{value:.3g}") for name, value in arithmetic(Path(work)).items()}
+    print(bench.table([found]))
+    print(save("scale", {"MB of an image": round(megabytes, 3), "rows": rows, "arithmetic": found}, packages=("ray", "pyarrow")))
 
 
 if __name__ == "__main__":

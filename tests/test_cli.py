@@ -347,6 +347,14 @@ class TestPredict:
         found = {guess["label"]: guess["probability"] for guess in first["predictions"]}
         assert [found[name] for name in COLOURS] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
+    def test_a_file_named_like_an_option(self, mixed, monkeypatch, capsys):
+        checkpoint = str(Path(self.CHECKPOINT[1]).absolute())
+        (mixed / "d,blue.png").rename(mixed / "-d.png")
+        monkeypatch.chdir(mixed)
+        assert main(["predict", "--checkpoint", checkpoint, "--device", "cpu", "--output", "labels.jsonl", "--", "-d.png"]) == 0
+        (line,) = map(json.loads, Path("labels.jsonl").read_text().splitlines())
+        assert (line["file"], line["predictions"][0]["label"]) == ("-d.png", "blue")
+
     def test_nothing_readable_exits_with_1(self, mixed):
         assert main(["predict", *self.CHECKPOINT, str(mixed / "b.jpg"), str(mixed / "c.png")]) == 1
 

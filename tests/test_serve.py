@@ -148,6 +148,11 @@ def program():
     return file.getvalue()
 
 
+def strip():
+    Image.new("L", (65_000, 1)).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
 def bomb():
     Image.new("1", (8000, 8000)).save(file := io.BytesIO(), "PNG")
     return file.getvalue()
@@ -162,6 +167,7 @@ def bomb():
         (picture(0)[:-100], "broken|truncated|unrecognized"),
         (program(), "body: not an image"),
         (bomb(), "64000000 pixels. exceeds limit of 50000000"),
+        (strip(), "of 65000x1 pixels, one side over 200 times the other"),
     ],
 )
 def test_a_bad_body_is_refused_with_a_reason(server, body, reason):

@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,8 @@ def run(arguments: list[str]) -> int:
     paths = find_images(options.calibration) if options.calibration else []
     paths = paths[:: -(-len(paths) // CALIBRATION) or 1]  # of all folders alike
     model, description = read(options.checkpoint, form, options)
+    if paths and next(readable(paths, description), None) is None:
+        raise ValueError(f"--calibration: none of {len(paths)} images can be read")
     begin = time.perf_counter()
     size = "x".join(map(str, description.size)) if description.size else "any size"
     more = ", or any other," if description.any_size and description.size else ""
@@ -52,22 +56,21 @@ def run(arguments: list[str]) -> int:
     outputs = Outputs(folded(model), options.features, routes)
     if description.precision == "bfloat16" and form.suffix == ".pt2":
         outputs = outputs.bfloat16()
-    try:
+    failed = f"checkpoint {options.checkpoint} cannot be exported as {options.format} in {options.precision}, for {size}"
+    with converting(failed):
         converted = form.convert(graph(outputs, description), description)
-    except Exception as error:  # each converter has errors of its own
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RuntimeError(f"checkpoint {options.checkpoint} cannot be exported as {options.format}, for {size}: {reason}") from error
     eager = Outputs(reference(model), options.features, routes)
     checks = checks_of(eager, description) if form.runs_here else []
     holds = compare_routes(form, converted, description, checks) if routes else True
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as folder:  # what is half done is not left behind
         made = Path(folder, file.name)
-        form.save(converted, made, description, len(description.outputs))
-        if description.precision == "int8":
-            quantize(made, readable(paths, description))
+        with converting(failed):
+            form.save(converted, made, description, len(description.outputs))
+            if description.precision == "int8":
+                quantize(made, readable(paths, description))
         for part in Path(folder).iterdir():
             place = file.parent / part.name
-            if place.is_dir():  # as Core ML has it
+            if part.is_dir() and place.is_dir():  # as Core ML has it
                 shutil.rmtree(place)
             part.replace(place)
     runner = Path(file.parent, f"run_{file.stem}.py")
@@ -82,6 +85,18 @@ def run(arguments: list[str]) -> int:
     if not holds:
         print("The file does NOT agree with the model that it was made from: do not deploy it before you know why.")
     return 0 if holds else 1
+
+
+@contextmanager
+def converting(failed: str) -> Iterator[None]:
+    """What converters raise becomes a RuntimeError that says what failed; a full disk stays one."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # each converter has errors of its own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RuntimeError(f"{failed}: {reason}") from error
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -122,8 +137,13 @@ def check(options: argparse.Namespace, form: Format, file: Path) -> None:
         raise ValueError(f"--output {file}: a file of {options.format} ends with {form.suffix}")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"--output {file}: there is no folder {file.parent}")
+    if file.is_dir() and not Path(file, "Manifest.json").is_file():  # which is an earlier one of Core ML
+        raise ValueError(f"--output {file} is a folder: name a file that may be written")
     if options.precision not in form.precisions:
         raise ValueError(f"--precision {options.precision}: files of {options.format} are written in {' or '.join(form.precisions)}")
+    if options.calibration and (options.features or not form.runs_here) and options.precision != "int8":
+        judged = "--features gives none" if options.features else f"files of {options.format} run on Macs only"
+        raise ValueError(f"--calibration judges decisions: {judged}")
     if options.precision == "int8" and not options.calibration:
         raise ValueError("--precision int8 needs the ranges of activations: give --calibration IMAGE_OR_FOLDER, a few hundred images")
     if options.format == "aoti" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
@@ -151,7 +171,7 @@ def read(source: str, form: Format, options: argparse.Namespace) -> tuple[nn.Mod
     task: Any = load_classifier(source) if kind == "classification" else load_task(KINDS[kind].task, Path(source))
     if options.features and [map_info["reduction"] for map_info in task.model.feature_info] != STRIDES:
         raise ValueError(f"--features gives maps at strides 4 to 32: checkpoint {source} is of a model that has others")
-    limits = {"short_side": None, "long_side": None}
+    limits: dict[str, Any] = {"short_side": None, "long_side": None}
     stride = None
     if kind == "classification":
         usual: tuple[int, int] | None = tuple(task.hparams["input_size"])[-2:]
@@ -161,7 +181,7 @@ def read(source: str, form: Format, options: argparse.Namespace) -> tuple[nn.Mod
         usual = None if window is None else (window, window)
         crop_pct, interpolation = None, "bilinear"
         limits = {name: task.hparams[name] for name in limits}
-        stride = task.hparams.get("stride")
+        stride = task.hparams.get("stride") if options.size is None else None  # of the window that it has
     any_size = options.size == [None] or (options.size is None and usual is None and form.any_size)
     size = usual if options.size in (None, [None]) else (options.size[0], options.size[-1])
     if size is None and not any_size:

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of such files; Pillow reads others by starting programs
+STRIP = 200  # times its shorter side: resized by that, a longer image takes gigabytes, however small its file
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -27,7 +28,8 @@ def read_image(path: str | Path) -> Image.Image:
     the first frame is taken.
 
     Raises:
-        UnreadableImage: If the file is missing, empty, cut short, not an image, or of more pixels than Pillow deems safe.
+        UnreadableImage: If the file is missing, empty, cut short, not an image, of more pixels than Pillow deems safe, or one side is over
+            200 times the other.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,6 +43,8 @@ def decode_image(file: str | Path | IO[bytes], name: str, formats: tuple[str, ..
     """As `read_image`, from a path or an open file that messages call `name`; in one of these formats, or all that Pillow knows."""
     try:
         with Image.open(file, formats=formats) as image:
+            if max(image.size) > STRIP * min(image.size):
+                raise ValueError(f"of {image.width}x{image.height} pixels, one side over {STRIP} times the other")
             return _to_rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError as error:
         raise UnreadableImage(f"{name}: not an image, or in a format that Pillow cannot read") from error

@@ -42,7 +42,8 @@ def agreement(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], outpu
     """
     ours, theirs = found[:outputs], expected[:outputs]
     pairs = paired(ours, theirs) if rows else list(zip(ours, theirs, strict=True))
-    total = Agreement([float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)) for a, b in pairs])
+    errors = [float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)) for a, b in pairs]
+    total = Agreement([error if np.isfinite(values).all() else np.nan for error, values in zip(errors, ours, strict=True)])
     if len(found) == outputs:
         return total
     for layer in range(outputs, len(expected), 2):
@@ -60,7 +61,7 @@ def paired(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[
 
     Those that are as unsure as the last that there is room for are left out: which of them there is room for is a matter of rounding.
     """
-    least = max(found[2][-1], expected[2][-1], 0) * (1 + TOLERANCE)
+    least = np.fmax.reduce([found[2][-1], expected[2][-1], 0]) * (1 + TOLERANCE)
     of_expected, of_found = expected[2] > least, found[2] > least
     distance = np.abs(expected[0][:, None] - found[0][None]).max(-1)
     distance[(expected[1][:, None] != found[1][None]) | (expected[2][:, None] <= 0) | (found[2][None] <= 0)] = np.inf

@@ -36,13 +36,15 @@ class Description:
         stride: Pixels from one window to the next, where larger images are seen in windows of `size`, as by segmenters.
         short_side: Pixels that the shorter side gets, unless the longer would have more than `long_side`; None for no limit.
         long_side: See there.
-        mean: Of the channels red, green and blue, for values from 0 to 1; inputs are (value - mean) / std.
+        mean: Of the channels red, green and blue, for values in `input_range`; inputs are (value - mean) / std.
         std: See there.
         crop_pct: Share of the resized image's shorter side that the crop keeps; None where nothing is cropped.
         interpolation: How images are resized.
         precision: Of the weights, and where the format has it of the arithmetic.
         class_names: Of the logits or labels; none for features.
         version: Of this library.
+        channels: Their order in the input.
+        input_range: Of the values before mean and standard deviation are applied.
     """
 
     task: str
@@ -60,6 +62,8 @@ class Description:
     precision: str
     class_names: tuple[str, ...]
     version: str
+    channels: str = "RGB"
+    input_range: tuple[float, float] = (0.0, 1.0)
 
     def json(self) -> str:
         """As files keep it."""

@@ -47,7 +47,9 @@ def cluster(address: str | None) -> Iterator[None]:
                 socket.create_connection((host, int(port)), PATIENCE).close()
             ray.init(address=address, **quiet)
     except (OSError, ValueError) as error:
-        raise ConnectionError(f"--address {address}: no cluster answers there ({str(error).splitlines()[0]})") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        where = f"--address {address}: no cluster answers there" if address else "Ray does not begin on this machine"
+        raise ConnectionError(f"{where} ({reason})") from error
     try:
         yield
     finally:
@@ -74,8 +76,10 @@ def arrange(nodes: Sequence[dict[str, float]], device: str, number: int | None) 
         return int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpu else inf))
 
     room = sum(on(node, 1) for node in nodes)
+    if not room:
+        raise ValueError("the cluster has no CPU for a worker: give its machines some, with `ray start --num-cpus`")
     number = number or room
-    if not 1 <= number <= room:
+    if number > room:
         raise ValueError(f"--actors {number}: the cluster has room for {room}")
     cpus = max(cpus for cpus in range(1, int(max(node.get("CPU", 0) for node in nodes)) + 1) if sum(on(n, cpus) for n in nodes) >= number)
     memory = min(node["memory"] / on(node, cpus) for node in nodes if on(node, cpus))

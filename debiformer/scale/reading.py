@@ -1,5 +1,6 @@
 """The images of a part: read one after the other from files, tar shards and Parquet, decoded a few ahead of their use."""
 
+import errno
 import io
 import tarfile
 import zlib
@@ -12,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL.Image import Image
 
-from ..data.images import UnreadableImage, decode_image, is_image
-from .sources import Part
+from ..data.images import FORMATS, UnreadableImage, decode_image, is_image
+from .sources import Part, is_damaged
 from .storage import Unreachable, connect, is_local
 
 ROWS = 64  # of a Parquet file that are held at a time, beside what its row group takes
 BLOCK = 2**20  # bytes of a shard that are asked for at a time
+OWN = {errno.EACCES, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}  # of a file, not of its disk
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -93,7 +95,7 @@ def read_rows(part: Part, column: str) -> Iterator[Item]:
                     yield Item(f"{name}#{row}", content, None if content is not None else "the row holds no bytes")
                     row += 1
     except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's or the store's: Arrow gives its own no number
+        if not is_damaged(error):
             raise
         for rest in range(row, part.first + part.images):
             yield Item(f"{name}#{rest}", error=f"the row group is damaged: {error}")
@@ -111,7 +113,7 @@ def load(item: Item) -> Image:
     content = fetch(item.name) if item.content is None else item.content
     if not content:
         raise UnreadableImage(f"{item.name}: the file is empty")
-    return decode_image(io.BytesIO(content), item.name)
+    return decode_image(io.BytesIO(content), item.name, FORMATS)
 
 
 def fetch(name: str) -> bytes:
@@ -122,7 +124,7 @@ def fetch(name: str) -> bytes:
     except FileNotFoundError as error:
         raise UnreadableImage(f"{name}: no such file") from error
     except Exception as error:  # each driver has errors of its own
-        if is_local(fs) or isinstance(error, PermissionError):  # another attempt would not find it better
+        if is_local(fs) and getattr(error, "errno", None) in OWN:
             raise UnreadableImage(f"{name}: {error}") from error
         raise Unreachable(f"{name} cannot be read: {error}") from error
 

@@ -117,7 +117,9 @@ def row_groups(fs: AbstractFileSystem, column: str, file: str) -> list[int]:
         with fs.open(file) as opened:
             footer = pq.ParquetFile(opened)
             schema, rows = footer.schema_arrow, [footer.metadata.row_group(index).num_rows for index in range(footer.num_row_groups)]
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
+        if not is_damaged(error):
+            raise
         raise ValueError(f"{name} is no Parquet file, or cut short: {error}") from error
     if column not in schema.names:
         raise ValueError(f"{name} has no column {column!r}: {did_you_mean(column, schema.names)}; --column names the one with the images")
@@ -127,6 +129,11 @@ def row_groups(fs: AbstractFileSystem, column: str, file: str) -> list[int]:
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise ValueError(f"{name}: the column {column!r} holds {kind}, not the bytes of images; --column names the one that does")
     return rows
+
+
+def is_damaged(error: Exception) -> bool:
+    """Whether an error is Arrow's word on a Parquet file; those of disks and stores have numbers, or types of their own."""
+    return isinstance(error, pa.ArrowInvalid) or (type(error) is OSError and error.errno is None)
 
 
 def runs_of(rows: Sequence[int], size: int) -> Iterator[tuple[list[int], int, int]]:

@@ -76,6 +76,8 @@ class Output:
     def __init__(self, address: str) -> None:
         self.fs, self.folder = connect(address)
         self.address = full_name(self.fs, self.folder)  # which holds in other folders and on other machines too
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+        self.whole = bool(protocols & OBJECT_STORES)
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Write down what the run is, or see that it is the one that the folder holds.
@@ -89,7 +91,8 @@ class Output:
         file = f"{self.folder}/{RECORD}"
         with reaching(f"--output {self.address}"):
             held = self.fs.cat_file(file) if self.fs.exists(file) else None
-            other = held is None and self.fs.exists(self.folder) and self.fs.ls(self.folder)
+            there = self.fs.ls(self.folder, detail=False) if held is None and self.fs.exists(self.folder) else []
+            other = [name for name in there if not name.endswith(UNFINISHED)]
         if held is not None:
             before = json.loads(held)
             others = [f"{name} was {before.get(name)} and is {value}" for name, value in record.items() if before.get(name) != value]
@@ -101,7 +104,10 @@ class Output:
             raise FileExistsError(f"--output {self.address} holds something else, it has no {RECORD}: name another folder")
         try:
             self.fs.makedirs(self.folder, exist_ok=True)
-            self.fs.pipe_file(file, json.dumps(record, indent=2).encode())
+            beside = file if self.whole else file + UNFINISHED
+            self.fs.pipe_file(beside, json.dumps(record, indent=2).encode())
+            if beside != file:
+                self.fs.mv(beside, file)
         except Exception as error:  # each driver has errors of its own
             raise PermissionError(f"--output {self.address} cannot be written ({error}): name another folder") from error
 
@@ -126,13 +132,15 @@ class Output:
             Unreachable: If that fails.
         """
         place = f"{self.folder}/part-{number:08}.parquet"
-        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
         try:
             if is_local(self.fs):
                 file.replace(place)
-            elif protocols & OBJECT_STORES:
+            elif self.whole:
                 self.fs.put_file(str(file), place)
             else:
+                self.fs.invalidate_cache()
+                if self.fs.exists(place):  # by a worker that died before it could tell; renaming may not replace it
+                    return
                 beside = f"{self.folder}/{file.name}"
                 self.fs.put_file(str(file), beside)
                 self.fs.mv(beside, place)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
+from PIL import Image
 
 from ..data.images import UnreadableImage, shown
 from .findings import Finder, Labels
@@ -17,6 +18,7 @@ from .sources import Part
 from .storage import Output, PartFile
 
 PAUSES = (0, 5, 60)  # seconds before each attempt at a part
+ORDINARY = (256, 256)  # pixels of an image that any model takes
 READERS = 4  # threads that fetch and decode, at least: they wait for disks and networks most of the time
 
 
@@ -118,7 +120,11 @@ class Worker:
             ]
 
     def find(self, prepared: Sequence[Any]) -> list[dict[str, Any]]:
-        """Rows of images; where the memory does not suffice, half as many at a time, from then on."""
+        """Rows of images; where the memory does not suffice, half as many at a time, from then on.
+
+        Raises:
+            RuntimeError, ValueError: If the model fails for an ordinary image too.
+        """
         if not prepared:
             return []
         try:
@@ -127,11 +133,13 @@ class Worker:
             raise
         except (RuntimeError, ValueError) as error:
             too_much = isinstance(error, torch.OutOfMemoryError)
-            if len(prepared) == 1 and (too_much or not self.finder.together):  # the model cannot take an image of this size
-                return [{"error": str(error).splitlines()[0]}]
-            if not too_much:
+            if not too_much and (len(prepared) > 1 or self.finder.together):
                 raise
+            reason = str(error).splitlines()[0]
         torch.cuda.empty_cache()
+        if len(prepared) == 1:  # the model cannot take an image of this size, unless it takes none
+            self.finder.find([self.finder.prepare(Image.new("RGB", ORDINARY))])
+            return [{"error": reason}]
         half = (len(prepared) + 1) // 2
         self.images = min(self.images, half)
         return self.find(prepared[:half]) + self.find(prepared[half:])

@@ -131,6 +131,14 @@ def test_decompression_bomb(tmp_path):
         read_image(path)
 
 
+def test_strips(tmp_path):
+    Image.new("L", (4, 800)).save(tmp_path / "long.png")
+    assert read_image(tmp_path / "long.png").size == (4, 800)
+    Image.new("L", (4, 801)).save(tmp_path / "longer.png")
+    with pytest.raises(UnreadableImage, match=r"longer\.png: of 4x801 pixels, one side over 200 times the other"):
+        read_image(tmp_path / "longer.png")
+
+
 def test_find_images(tmp_path):
     for name in ("b.JPG", "a.png", "notes.txt", "deep/er/c.webp", ".hidden.png", "odd.name"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -103,6 +103,7 @@ def test_onnx_of_a_classifier(classifier, photo, tmp_path, capsys):
     assert [value.name for value in model.graph.output] == ["logits"]
     (entry,) = [json.loads(entry.value) for entry in model.metadata_props if entry.key == "debiformer"]
     assert (entry["task"], entry["size"], entry["class_names"], entry["crop_pct"]) == ("classification", [64, 64], CLASSES, 0.875)
+    assert (entry["channels"], entry["input_range"]) == ("RGB", [0, 1])
     assert entry["mean"] == pytest.approx(task.hparams["mean"])
 
     here = str(Path(__file__).parents[2]).encode()
@@ -171,6 +172,8 @@ def test_a_segmenter_takes_any_size(photo, tmp_path, capsys):
     assert code == 0, said
     description, run = load(file)
     assert (description["size"], description["any_size"]) == (None, True)
+    for shape in ("1x64x96", "6x64x96", "1x160x224", "6x160x224"):
+        assert f"batch {shape}  logits: differs" in said
     for shape in ((1, 64, 64), (2, 97, 130), (1, 131, 64)):  # maps of one row, and maps that regions do not fit
         inputs = noise(*shape)
         (found,) = run(inputs)
@@ -250,8 +253,9 @@ def test_the_program_sees_what_predict_sees(size, interpolation, mode, tmp_path)
     shape = (120, 90) if mode == "RGB" else (90, 130)
     values = np.random.default_rng(0).integers(0, 256, (*shape, len(mode) if mode in ("RGB", "RGBA") else 1), dtype=np.uint8)
     image = Image.fromarray(values.squeeze()) if mode != "I;16" else Image.fromarray(values[..., 0].astype(np.uint16) * 257)
-    image.convert("P") if mode == "P" else image
+    image = image.convert("RGB").quantize(200) if mode == "P" else image
     image.save(tmp_path / "image.png")
+    assert Image.open(tmp_path / "image.png").mode == mode
     how = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), crop_pct=0.9, interpolation=interpolation)
     expected = eval_transform(size, **how)(read_image(tmp_path / "image.png")).numpy()
     found = prepare(read(tmp_path / "image.png"), dict(task="classification", size=list(size), **how))
@@ -318,18 +322,18 @@ def test_core_ml_program(classifier, tmp_path, capsys):
     assert sum(part.stat().st_size for part in file.rglob("*")) < 0.7 * sum(value.nbytes for value in task.model.state_dict().values())
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("form", "suffix", "precision"), [("onnx", ".onnx", "int8"), ("onnx", ".onnx", "float16"), ("openvino", ".xml", "bfloat16")]
 )
-def test_reduced_precision(form, suffix, precision, classifier, tmp_path, capsys):
-    _, checkpoint = classifier
+@pytest.mark.parametrize("model", ["test_convnext", pytest.param("debiformer_nano", marks=pytest.mark.thorough)])
+def test_reduced_precision(model, form, suffix, precision, tmp_path, capsys):
+    checkpoint = save(random_task(model, input_size=(3, 64, 64)), tmp_path / "other.ckpt")
     file = tmp_path / f"less{suffix}"
     cells = Path(comparing.whole_images()[0][0]).parent
     options = ("--format", form, "--precision", precision, "--calibration", cells, "--output", file)
     code, said = export(capsys, checkpoint, *options)
     assert code == 0, said
-    assert {path.name for path in tmp_path.iterdir()} >= {file.name}
+    assert not [*tmp_path.glob(".export-*")]
     (share,) = re.findall(r"decided alike  \d+ of \d+ images of --calibration \((.*)%\)", said)
     assert float(share) > 80
     (error,) = re.findall(r"batch 6x64x64  logits: differs from eager mode by (\S+) of", said)
@@ -360,6 +364,54 @@ def test_a_file_that_disagrees_is_called_out(tmp_path, capsys, monkeypatch):
     assert "The file does NOT agree" in said
 
 
+@pytest.fixture
+def calibration(tmp_path):
+    """Two folders of eight images each, dark and bright; the third of each cannot be read."""
+    for name, value in (("dark", 20), ("bright", 220)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(8):
+            file = tmp_path / "images" / name / f"{index}.png"
+            Image.new("RGB", (32, 32), (value,) * 3).save(file) if index != 2 else file.write_bytes(b"no image")
+    return tmp_path / "images"
+
+
+def test_ranges_come_from_all_folders_alike(calibration, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(exporting, "CALIBRATION", 8)
+    monkeypatch.setattr(exporting, "quantize", lambda file, batches: seen.extend(batches))
+    checkpoint = save(random_task(input_size=(3, 32, 32)), tmp_path / "other.ckpt")
+    code, said = export(capsys, checkpoint, "--precision", "int8", "--calibration", calibration, "--output", tmp_path / "model.onnx")
+    assert code == 0, said
+    assert [bool(image.mean() > 0) for image in seen] == [True, True, True, False, False, False]  # every second, but for one of each
+    assert said.count("passed over  ") == 4  # for the ranges, and for the comparison
+    assert "2.png" in said
+    assert "decided alike  6 of 6 images" in said
+
+
+def test_calibration_without_an_image(calibration, tmp_path, capsys):
+    for file in calibration.rglob("[!2].png"):
+        file.unlink()
+    checkpoint = save(random_task(input_size=(3, 32, 32)), tmp_path / "other.ckpt")
+    code, said = export(capsys, checkpoint, "--precision", "int8", "--calibration", calibration, "--output", tmp_path / "model.onnx")
+    assert code == 2
+    assert "--calibration: none of 2 images can be read" in said
+
+
+def test_a_file_is_whole_or_not_there(calibration, tmp_path, capsys, monkeypatch):
+    def full(file, batches):
+        assert file.stat().st_size > 1000
+        raise OSError(f"{file}: no space left on device")
+
+    monkeypatch.setattr(exporting, "quantize", full)
+    (tmp_path / "model.onnx").write_bytes(b"an older one")
+    checkpoint = save(random_task(input_size=(3, 32, 32)), tmp_path / "other.ckpt")
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="no space left on device"):
+        export(capsys, checkpoint, "--precision", "int8", "--calibration", calibration, "--output", tmp_path / "model.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert (tmp_path / "model.onnx").read_bytes() == b"an older one"
+
+
 def test_agreement_tells_ties_from_other_routes():
     logits = np.ones((2, 3), dtype=np.float32)
     routes = np.array([[[0, 1], [2, 3]], [[0, 1], [0, 3]]])
@@ -374,6 +426,9 @@ def test_agreement_tells_ties_from_other_routes():
     differs = agreement([logits, other, worse], [logits, routes, affinities], 1)
     assert (differs.routes, differs.tied, differs.other, differs.holds) == (4, 0, 1, False)
     assert not agreement([logits * (1 + 2e-5)], [logits], 1).holds
+    rows = [np.ones((2, 4), dtype=np.float32), np.array([0, 1]), np.array([0.9, 0.5], dtype=np.float32)]
+    unsure = agreement([*rows[:2], np.array([0.9, np.nan], dtype=np.float32)], rows, 3, rows=True)
+    assert (unsure.holds, unsure.finite) == (False, False)
     broken = agreement([logits, logits * np.nan], [logits, logits], 2)
     assert (broken.holds, broken.finite) == (False, False)
     lost = agreement([logits, other, affinities * np.float32(np.nan)], [logits, routes, affinities], 1)
@@ -385,7 +440,7 @@ def test_agreement_tells_ties_from_other_routes():
     [
         (["--output", "model.pt2"], "--output model.pt2: a file of onnx ends with .onnx"),
         (["--output", "nowhere/model.onnx"], "--output nowhere/model.onnx: there is no folder nowhere"),
-        (["--size", "31"], "31"),
+        (["--size", "31"], "cannot be exported as onnx in float32, for 31x31: "),
         (["--precision", "bfloat16"], "--precision bfloat16: files of onnx are written in float32 or float16 or int8"),
         (["--precision", "int8"], "--precision int8 needs the ranges of activations: give --calibration IMAGE_OR_FOLDER"),
         (["--precision", "int8", "--calibration", "nothing"], "no such file or folder: nothing"),
@@ -422,6 +477,13 @@ def test_tasks_and_packages_that_are_missing(segmenter, tmp_path, capsys, monkey
     code, said = export(capsys, segmenter[1], "--features")
     assert code == 2
     assert "--features is for classification" in said
+    code, said = export(capsys, segmenter[1], "--format", "coreml", "--size", "64", "--calibration", tmp_path)
+    assert code == 2
+    assert "--calibration judges decisions: files of coreml run on Macs only" in said
+    (tmp_path / "model.onnx").mkdir()
+    code, said = export(capsys, segmenter[1], "--output", "model.onnx")
+    assert code == 2
+    assert "--output model.onnx is a folder" in said
     boxes = save(detector("retinanet"), tmp_path / "boxes.ckpt")
     for given, message in (
         (["--precision", "float16"], "is of detection, whose boxes need float32"),

@@ -138,7 +138,7 @@ def test_masks(cluster, inside, tmp_path):
 
 
 def test_boxes(cluster, inside, tmp_path):
-    Image.new("RGB", (3000, 2)).save(tmp_path / "sliver.png")  # which no detector can take
+    Image.new("RGB", (398, 2)).save(tmp_path / "sliver.png")  # which no detector can take
     options = ["--checkpoint", "boxes.ckpt", "--min-score", "0.01"]
     assert main(["predict", *options, "photos", "--output", str(tmp_path / "local")]) == 0
     assert main(line(cluster, "photos", tmp_path / "sliver.png", *options, "--output", tmp_path / "out", "--actors", 1)) == 0

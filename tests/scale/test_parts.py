@@ -1,14 +1,19 @@
 """Parts, reading, memory and writing, one by one and without a cluster."""
 
+import errno
 import io
+import re
+import sys
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from tasks_on_disk import random_task, save
@@ -16,11 +21,12 @@ from tasks_on_disk import random_task, save
 pytest.importorskip("ray")
 
 from debiformer.cli import main
+from debiformer.data.images import UnreadableImage
 from debiformer.scale import reading, workers
 from debiformer.scale.cluster import Workers, arrange
 from debiformer.scale.findings import Labels, schema_of
 from debiformer.scale.memory import batch_size, fitting, peak
-from debiformer.scale.reading import ahead, load, read
+from debiformer.scale.reading import Item, ahead, load, read
 from debiformer.scale.sources import find_parts, runs_of
 from debiformer.scale.storage import Output, PartFile, Unreachable
 from debiformer.scale.workers import Setting, Worker
@@ -124,6 +130,34 @@ class TestReading:
         assert found[0].content == images[0]
         assert found[5].error == "the row holds no bytes"
 
+    @pytest.mark.parametrize("error", [FSTimeoutError(), OSError(errno.ESTALE, "stale file handle")])
+    def test_a_store_that_stops_answering_is_no_damage(self, tmp_path, monkeypatch, error):
+        pq.write_table(pa.table({"image": [png()] * 3}), tmp_path / "a.parquet")
+        (part,) = find_parts([str(tmp_path / "a.parquet")], 9, "image")
+
+        def stops(*_):
+            raise error
+            yield
+
+        monkeypatch.setattr(pq.ParquetFile, "iter_batches", stops)
+        with pytest.raises(Unreachable, match=r"a\.parquet cannot be read"):
+            list(read(part, "image"))
+        (tmp_path / "a.png").write_bytes(png())
+        monkeypatch.setattr(LocalFileSystem, "cat_file", lambda *_: next(stops()))
+        with pytest.raises(Unreachable, match=r"a\.png cannot be read"):
+            load(Item(str(tmp_path / "a.png")))
+
+    def test_files_that_cannot_be_images(self, tmp_path):
+        (tmp_path / "folder.png").mkdir()
+        with pytest.raises(UnreadableImage, match="Is a directory"):
+            load(Item(str(tmp_path / "folder.png")))
+        with pytest.raises(UnreadableImage, match="no such file"):
+            load(Item(str(tmp_path / "absent.png")))
+        with pytest.raises(UnreadableImage, match=r"a\.jpg: not an image, or in a format that Pillow cannot read"):
+            load(Item("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"))  # no program is started for it
+        with pytest.raises(UnreadableImage, match=r"thin\.png: of 8001x40 pixels, one side over 200 times the other"):
+            load(Item("thin.png", png(size=(8001, 40))))
+
     def test_no_more_is_begun_than_asked_for(self):
         drawn = []
         with ThreadPoolExecutor(2) as pool:
@@ -196,6 +230,48 @@ class TestWorker:
         found = pq.read_table(tmp_path / "out").to_pylist()
         assert [row["path"] for row in found] == part.files
         assert [row["probability"] for row in found] == pytest.approx([row["probability"] for row in expected], abs=1e-6)
+
+    def test_a_model_that_fails_for_any_image_ends_the_run(self, setting, tmp_path, monkeypatch):
+        """Rather than call every image bad; an image that it alone cannot take is a row with the reason."""
+        (tmp_path / "a.png").write_bytes(png(size=(40, 40)))
+        (tmp_path / "b.png").write_bytes(png(size=(41, 41)))
+        (part,) = find_parts([f"{tmp_path}/?.png"], 9, "image")
+
+        class Sized:
+            """One image at a time, as it is."""
+
+            task, columns, together = setting.finder.task, setting.finder.columns, False
+            fails = 41
+
+            def prepare(self, image):
+                return image
+
+            def find(self, prepared):
+                if self.fails in (prepared[0].width, "all"):
+                    raise RuntimeError("the map is too small")
+                return [{"label": "x"}]
+
+        worker = Worker(setting._replace(finder=Sized()))
+        assert worker(part._asdict())["errors"] == 1
+        assert [row["error"] for row in pq.read_table(tmp_path / "out").to_pylist()] == [None, "the map is too small"]
+        worker.finder.fails = "all"
+        with pytest.raises(RuntimeError, match="the map is too small"):
+            worker(part._asdict())
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process's memory can be set back on Linux only")
+    def test_memory_stays_flat(self, tmp_path):
+        """Ten times the images, of a quarter of a megabyte each as the model takes them, take no more memory."""
+        finder = Labels(random_task(input_size=(3, 144, 144)), 2, True)
+        output = Output(str(tmp_path / "out"))
+        output.begin({})
+        worker = Worker(Setting(finder, schema_of(finder, {}), output.address, "image", "cpu", 1, 10**9, None))
+        parts = find_parts([str(make_shard(tmp_path / f"{count}.tar", count)) for count in (60, 600)], 9, "image")
+        peaks = []
+        for part in (parts[0], *parts):
+            Path("/proc/self/clear_refs").write_text("5")
+            assert worker(part._asdict())["problem"] is None
+            peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000)
+        assert peaks[2] < peaks[1] + 30
 
     def test_a_store_that_answers_later(self, setting, tmp_path, monkeypatch):
         """Every attempt begins the part again, and the last one leaves one file."""
@@ -290,6 +366,7 @@ class TestMistakes:
     )
     def test_they_are_named_before_any_work(self, work, tmp_path, monkeypatch, capsys, arguments, message):
         monkeypatch.chdir(work)
+        monkeypatch.setitem(sys.modules, "s3fs", None)
         line = ["predict", "--engine", "ray", "--checkpoint", "a.ckpt", "--output", str(tmp_path / "out"), *arguments]
         assert main(line) == 2
         assert message in capsys.readouterr().err
@@ -300,6 +377,10 @@ class TestMistakes:
         output = Output(str(tmp_path / "out"))
         output.begin({"topk": 3, "parts": 1})
         output.begin({"topk": 3, "parts": 1})
+        (tmp_path / "cut").mkdir()
+        (tmp_path / "cut/_run.json.unfinished").write_text('{"topk"')  # of one that ended as it began
+        Output(str(tmp_path / "cut")).begin({"topk": 3})
+        assert [file.name for file in (tmp_path / "cut").iterdir()] == ["_run.json"]
         with pytest.raises(
             ValueError, match=r"holds a run with other settings: topk was 3 and is 1\. Go on with what it was, or name another"
         ):

@@ -236,7 +236,7 @@ class TestDetection:
         assert task.class_scores[3].boxes == -1.0, "no box is of it"
         assert (task.class_scores[0].masks is not None) == masks
 
-    @pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn", "mask_rcnn"])
+    @pytest.mark.parametrize("detector", ["retinanet", pytest.param("faster_rcnn", marks=pytest.mark.thorough), "mask_rcnn"])
     def test_one_object_is_learnt(self, detector):
         """From scratch, on one image with one white square: its box is found, and with Mask R-CNN its mask."""
         image = torch.zeros(3, 64, 96)
