@@ -234,7 +234,15 @@ class TestFit:
         assert not Path("runs/x").exists()
 
 
-@pytest.mark.parametrize("recipe", [name for name, file in known_recipes().items() if task_of([file]) == "classification"])
+def recipes():
+    """Those of classification; of what differs from others in the size of the model alone, thoroughly."""
+    large = ("debiformer_base", "debiformer_base_released", "debiformer_small_released", "biformer_base")
+    for name, file in known_recipes().items():
+        if task_of([file]) == "classification":
+            yield pytest.param(name, marks=pytest.mark.thorough if name.rpartition("/")[2] in large else ())
+
+
+@pytest.mark.parametrize("recipe", list(recipes()))
 def test_every_recipe_trains(recipe, tmp_path, monkeypatch):
     """Two updates on photographs of blood cells, with nothing changed but sizes, files and the length of the run."""
     monkeypatch.chdir(tmp_path)

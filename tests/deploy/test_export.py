@@ -26,7 +26,7 @@ from debiformer.models.segmentation_inference import segment as segment_whole
 from debiformer.tasks.detection import DetectionTask
 from debiformer.tasks.segmentation import SegmentationTask
 
-NANO = dict(backbone_args=dict(region_grid=[4, 4], feature_norms=True))
+BACKBONES = {"debiformer_nano": dict(backbone_args=dict(region_grid=[4, 4], feature_norms=True)), "test_convnext": {}}
 ALONE = "import runpy, sys; sys.modules['debiformer'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
@@ -36,22 +36,22 @@ def classifier(tmp_path_factory):
     return task, save(task, tmp_path_factory.mktemp("checkpoints") / "classifier.ckpt")
 
 
-def random_segmenter(head, **arguments):
+def random_segmenter(head, backbone="debiformer_nano", **arguments):
     torch.manual_seed(0)
     palette = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
-    return SegmentationTask("debiformer_nano", CLASSES, palette, head=head, **NANO, **arguments).eval()
+    return SegmentationTask(backbone, CLASSES, palette, head=head, **BACKBONES[backbone], **arguments).eval()
 
 
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory):
-    task = random_segmenter("semantic_fpn")
+    task = random_segmenter("semantic_fpn", "test_convnext")  # quickly exported
     return task, save(task, tmp_path_factory.mktemp("checkpoints") / "segmenter.ckpt")
 
 
-def detector(kind):
+def detector(kind, backbone="debiformer_nano"):
     """One that finds many objects in anything."""
     torch.manual_seed(0)
-    task = DetectionTask("debiformer_nano", CLASSES, detector=kind, short_side=64, long_side=128, milestones=[8], **NANO).eval()
+    task = DetectionTask(backbone, CLASSES, detector=kind, short_side=64, long_side=128, milestones=[8], **BACKBONES[backbone]).eval()
     with torch.no_grad():
         if kind == "retinanet":
             logits = task.model.model.head.classification_head.cls_logits
@@ -211,7 +211,7 @@ def test_detections_are_those_of_torchvision(kind, sure):
 
 
 def test_torch_export_of_a_detector(photo, tmp_path, capsys):
-    task = detector("mask_rcnn")
+    task = detector("mask_rcnn", "test_convnext")
     file = tmp_path / "objects.pt2"
     # The size that the photo has for the detector: 90x140 with 64 pixels on its shorter side.
     code, said = export(capsys, save(task, tmp_path / "boxes.ckpt"), "--format", "torch-export", "--size", 64, 99, "--output", file)
