@@ -161,7 +161,7 @@ def bomb():
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"", "body: not an image"),
+        (b"", "body: is empty"),
         (b'{"image": 1}', "body: not an image"),
         (picture(0, (200, 100), "JPEG")[:-2000], "image file is truncated"),
         (picture(0)[:-100], "broken|truncated|unrecognized"),
@@ -174,6 +174,13 @@ def test_a_bad_body_is_refused_with_a_reason(server, body, reason):
     answer = server.post("/predict", content=body)
     assert answer.status_code == 400
     assert re.search(reason, answer.json()["error"]), answer.text
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "http"])
+def test_a_port_that_is_none(port, capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "absent.ckpt", f"--port={port}"])
+    assert f"argument --port: '{port}' is not a port, from 0 to 65535" in capsys.readouterr().err
 
 
 def test_a_form_is_no_image(server):

@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
     size = "x".join(map(str, description.size)) if description.size else "any size"
     more = ", or any other," if description.any_size and description.size else ""
     count = "one" if description.one_image else "any number"
-    print(f"{file.name}: {description.task} of images of {size}{more} {count} at once", flush=True)
+    print(f"{file.name}: {description.task} of images of {size}{more}{'' if more else ','} {count} at once", flush=True)
     routes = form.routes and description.precision != "int8"  # which is made of a file of its own
     outputs = Outputs(folded(model), options.features, routes)
     if description.precision == "bfloat16" and form.suffix == ".pt2":
@@ -134,7 +134,9 @@ def check(options: argparse.Namespace, form: Format, file: Path) -> None:
     if missing:
         raise ImportError(f'--format {options.format} needs {", ".join(missing)}: pip install "debiformer[{form.extra}]"')
     if file.suffix != form.suffix:
-        raise ValueError(f"--output {file}: a file of {options.format} ends with {form.suffix}")
+        meant = [name for name, other in FORMATS.items() if other.suffix == file.suffix]
+        remedy = f", one of --format {' or '.join(meant)} with {file.suffix}" if meant else ""
+        raise ValueError(f"--output {file}: a file of {options.format} ends with {form.suffix}{remedy}")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"--output {file}: there is no folder {file.parent}")
     if file.is_dir() and not Path(file, "Manifest.json").is_file():  # which is an earlier one of Core ML

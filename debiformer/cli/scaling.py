@@ -47,8 +47,8 @@ def run(kind: str, arguments: list[str]) -> int:
     output.clear()
     done = output.finished()
     todo = [part for part in parts if part.number not in done]
-    console = Console(stderr=True)
-    console.print(f"{len(parts)} parts, {len(done)} of them finished before", highlight=False)
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(f"{len(parts)} parts, {len(done)} of them finished before{'' if todo else ': nothing is left to do'}", highlight=False)
     if not todo:
         return 0
     schema = schema_of(finder, {**about, "checkpoint": options.checkpoint})
@@ -73,7 +73,8 @@ def run(kind: str, arguments: list[str]) -> int:
     lost = {part.number for part in parts} - output.finished()
     if lost:
         raise FileNotFoundError(f"{len(lost)} parts are not in {options.output}, such as {min(lost)}: put it where all machines see it")
-    print(f"{images} images, {errors} with errors, written to {options.output}", file=sys.stderr)
+    again = ", beside those of finished parts" if done else ""
+    print(f"{images} images, {errors} with errors, written to {options.output}{again}", file=sys.stderr)
     return 0 if done or images > errors else 1
 
 
@@ -99,7 +100,10 @@ def parse(kind: str, arguments: list[str]) -> argparse.Namespace:
         add_inference(parser)
     else:
         add_min_score(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.output.endswith((".csv", ".jsonl", ".json", ".parquet")):
+        parser.error(f"--output {options.output}: a folder of Parquet files is written, name one")
+    return options
 
 
 def finder_of(kind: str, options: argparse.Namespace) -> tuple[Finder, dict[str, Any]]:

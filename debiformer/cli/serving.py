@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..data.images import FORMATS, UnreadableImage, decode_image, eval_transform
 from ..tasks.prediction import PREPROCESSING, guess, load_classifier
-from .arguments import at_least_one
+from .arguments import at_least_one, port
 from .labelling import device
 
 SECONDS = prometheus.Histogram("debiformer_request_seconds", "From the head of a request to /predict to its answer", ["status"])
@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="debiformer serve", description="Label images: POST /predict. Also: GET /health, GET /metrics.")
     parser.add_argument("checkpoint", help="best.ckpt or last.ckpt of a run, a shared folder, or hf-hub:OWNER/NAME")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default 127.0.0.1)")
-    parser.add_argument("--port", default=8000, type=int, help="0 for any that is free (default 8000)")
+    parser.add_argument("--port", default=8000, type=port, help="0 for any that is free (default 8000)")
     parser.add_argument("--topk", default=3, type=at_least_one, help="labels per image, the likeliest first (default 3)")
     parser.add_argument("--batch-size", default=8, type=at_least_one, help="most images that the model sees together (default 8)")
     parser.add_argument("--at-once", default=64, type=at_least_one, help="requests at a time; more are refused (default 64)")

@@ -1,5 +1,6 @@
 """Images on disk: reading any file that Pillow opens, finding files, and the transform for evaluation."""
 
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -41,6 +42,8 @@ def read_image(path: str | Path) -> Image.Image:
 
 def decode_image(file: str | Path | IO[bytes], name: str, formats: tuple[str, ...] | None = None) -> Image.Image:
     """As `read_image`, from a path or an open file that messages call `name`; in one of these formats, or all that Pillow knows."""
+    if isinstance(file, io.BytesIO) and not file.getbuffer().nbytes:
+        raise UnreadableImage(f"{name}: is empty")
     try:
         with Image.open(file, formats=formats) as image:
             if max(image.size) > STRIP * min(image.size):

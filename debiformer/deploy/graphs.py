@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental import _config as config
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from ..models.detector import Detector
 from ..models.segmenter import Segmenter
@@ -144,7 +145,11 @@ def traced(module: nn.Module, example: Tensor, description: Description) -> Expo
     with config.patch(backed_size_oblivious=description.any_size):  # type: ignore[attr-defined]  # added when it is imported
         program = torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
     if description.any_size:
-        program._guards_code.clear()  # these tell layouts of the example in memory, on which no value depends
+        # Both tell layouts of the example in memory, on which no value depends: guards, and sides below which a map becomes a single point.
+        program._guards_code.clear()
+        (images,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+        for side in images.meta["val"].shape[2:]:
+            program.range_constraints[side.node.expr] = ValueRanges(SIDE.min, SIDE.max)
     for part in program.graph_module.modules():
         if isinstance(part, GraphModule):
             for node in part.graph.nodes:

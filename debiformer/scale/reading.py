@@ -111,8 +111,6 @@ def load(item: Item) -> Image:
     if item.error is not None:
         raise UnreadableImage(item.error)
     content = fetch(item.name) if item.content is None else item.content
-    if not content:
-        raise UnreadableImage(f"{item.name}: the file is empty")
     return decode_image(io.BytesIO(content), item.name, FORMATS)
 
 

@@ -46,7 +46,9 @@ def read_config(address: str) -> Config:
         return Config(architecture, model_args, cfg)
     file = Path(address.removeprefix(FOLDER)) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"model {address}: there is no {file}; give a folder that `debiformer share` or timm's save_for_hf wrote")
+        best = file.parent / "checkpoints" / "best.ckpt"
+        remedy = f"did you mean {best}?" if best.is_file() else "give a folder that `debiformer share` or timm's save_for_hf wrote"
+        raise FileNotFoundError(f"model {address}: there is no {file}; {remedy}")
     try:
         cfg, architecture, model_args = load_model_config_from_path(file.parent)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, no architecture, no dictionary

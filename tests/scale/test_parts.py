@@ -20,7 +20,7 @@ from tasks_on_disk import random_task, save
 
 pytest.importorskip("ray")
 
-from debiformer.cli import main
+from debiformer.cli import main, scaling
 from debiformer.data.images import UnreadableImage
 from debiformer.scale import reading, workers
 from debiformer.scale.cluster import Workers, arrange
@@ -371,6 +371,11 @@ class TestMistakes:
         assert main(line) == 2
         assert message in capsys.readouterr().err
         assert not list(tmp_path.rglob("*.parquet"))
+
+    def test_a_file_is_no_folder(self, capsys):
+        with pytest.raises(SystemExit):
+            scaling.parse("classification", ["--checkpoint", "a.ckpt", "photos", "--output", "labels.csv"])
+        assert "--output labels.csv: a folder of Parquet files is written, name one" in capsys.readouterr().err
 
     def test_a_run_goes_on_with_what_it_began_with(self, work, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(work)
