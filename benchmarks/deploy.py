@@ -217,9 +217,14 @@ def act(task: str, **case: Any) -> Any:
     return {"export": export, "measure": measure}[task](**case)
 
 
+def packages_of(paths: list[str]) -> list[str]:
+    """What these paths need, beside PyTorch."""
+    return [package for package, path in PACKAGES.items() if any(asked.startswith(path) for asked in paths)]
+
+
 def check_packages(paths: list[str]) -> None:
     """Raise a ModuleNotFoundError that says how to install what these paths need."""
-    missing = [package for package, path in PACKAGES.items() if any(asked.startswith(path) for asked in paths) and not find_spec(package)]
+    missing = [package for package in packages_of(paths) if not find_spec(package)]
     if missing:
         raise ModuleNotFoundError(f"{' and '.join(paths)} need what is not installed: pip install {' '.join(missing)}")
 
@@ -250,13 +255,8 @@ def main() -> None:
                     rows = [{"allocator": allocator} | row for row in call(__file__, case, allocator)]
                     print(f"\n{bench.table(rows)}", flush=True)
                     results += rows
-                    plot(results)
-                    found = {"export seconds": took, "rows": results}
-                    save(
-                        "deploy",
-                        found,
-                        packages=[package for package, path in PACKAGES.items() if any(asked.startswith(path) for asked in options.paths)],
-                    )
+                    save("deploy", {"export seconds": took, "rows": results}, packages=packages_of(options.paths))
+    plot(results)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,9 @@ SHAPES = ((196, 256, 256), (196, 256, 768), (784, 128, 512), (784, 512, 512), (3
 
 
 @torch.no_grad()
-def compiled(model: nn.Module, shape: tuple[int, ...], **options: Any) -> Any:
-    """A model for inputs of one shape, and a request for it."""
-    graph = openvino.convert_model(torch.export.export(model, (torch.zeros(shape),)), input=[shape])
-    return openvino.Core().compile_model(graph, "CPU", OPTIONS | options)
+def converted(model: nn.Module, x: Tensor) -> openvino.Model:
+    """The graph of a model for inputs of one shape."""
+    return openvino.convert_model(torch.export.export(model, (x,)), input=[tuple(x.shape)])
 
 
 def multiply_adds(kind: str, shapes: list[tuple[int, ...]]) -> int:
@@ -43,14 +42,14 @@ def multiply_adds(kind: str, shapes: list[tuple[int, ...]]) -> int:
     return math.prod(out) * math.prod(weight) // (math.prod(weight[:-2]) * out[-1])
 
 
-def by_kind(model: nn.Module, x: np.ndarray, rounds: int) -> list[dict[str, Any]]:
-    """A row for each kind of operation: how many, milliseconds, and billions of multiply-adds of products."""
-    network = compiled(model, x.shape, PERF_COUNT=True)
+def by_kind(graph: openvino.Model, x: Tensor, rounds: int) -> list[dict[str, Any]]:
+    """A row for each kind of operation: milliseconds, and of products billions of multiply-adds."""
+    network = openvino.Core().compile_model(graph, "CPU", OPTIONS | {"PERF_COUNT": True})
     operations = {operation.get_friendly_name(): operation for operation in network.get_runtime_model().get_ops()}
     request = network.create_infer_request()
     times: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(bench.WARMUP + rounds):
-        request.infer([x])
+        request.infer([x.numpy()])
         spent: Counter[str] = Counter()
         for entry in request.get_profiling_info():
             spent[entry.node_type] += entry.real_time.total_seconds()
@@ -77,16 +76,16 @@ def best_rate(rounds: int) -> list[dict[str, Any]]:
     for count, fewer, more in SHAPES:
         pairs = [nn.Sequential(nn.Linear(fewer, more), nn.ReLU(), nn.Linear(more, fewer), nn.ReLU()) for _ in range(4)]
         layers, x = nn.Sequential(*pairs).eval(), images(1, count, fewer)[:, 0]
-        seconds = bench.alternate({"OpenVINO": in_openvino(layers, x), "PyTorch": bench.inference(layers, x)}, rounds)
+        seconds = bench.alternate({"OpenVINO": in_openvino(converted(layers, x), x), "PyTorch": bench.inference(layers, x)}, rounds)
         work = 2 * len(pairs) * count * fewer * more / 1e9
         rows.append({"rows": count, "in": fewer, "out": more} | {name: work / took for name, took in seconds.items()})
     return rows
 
 
-def in_openvino(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """A call of the compiled model."""
-    request, values = compiled(model, tuple(x.shape)).create_infer_request(), x.numpy()
-    return lambda: request.infer([values])
+def in_openvino(graph: openvino.Model, x: Tensor) -> Callable[[], Any]:
+    """A call of the compiled graph."""
+    request = openvino.Core().compile_model(graph, "CPU", OPTIONS).create_infer_request()
+    return lambda: request.infer([x.numpy()])
 
 
 def main() -> None:
@@ -98,12 +97,13 @@ def main() -> None:
     torch.set_num_threads(1)
     model, twin = pair(options.model)
     x = images(1)
-    rows = by_kind(folded(model), x.numpy(), options.rounds)
+    graph = converted(folded(model), x)
+    rows = by_kind(graph, x, options.rounds)
     print(f"{bench.table(rows)}\n", flush=True)
     rates = best_rate(options.rounds)
     print(f"{bench.table(rates)}\n")
     best = max(rate for row in rates for rate in (row["OpenVINO"], row["PyTorch"]))
-    seconds = bench.alternate({"twin": bench.inference(twin, x), "OpenVINO": in_openvino(folded(model), x)}, options.rounds)
+    seconds = bench.alternate({"twin": bench.inference(twin, x), "OpenVINO": in_openvino(graph, x)}, options.rounds)
     products = sum(row["GMAC"] for row in rows if row["operation"] in PRODUCTS)
     bound = {"model": options.model, "twin ms": 1000 * seconds["twin"], "OpenVINO ms": 1000 * seconds["OpenVINO"]}
     bound |= {"x twin": seconds["twin"] / seconds["OpenVINO"], "GMAC of products": products, "best GMAC/s": best}

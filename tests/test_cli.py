@@ -355,7 +355,7 @@ class TestPredict:
         found = {guess["label"]: guess["probability"] for guess in first["predictions"]}
         assert [found[name] for name in COLOURS] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
-    def test_a_file_named_like_an_option(self, mixed, monkeypatch, capsys):
+    def test_a_file_named_like_an_option(self, mixed, monkeypatch):
         checkpoint = str(Path(self.CHECKPOINT[1]).absolute())
         (mixed / "d,blue.png").rename(mixed / "-d.png")
         monkeypatch.chdir(mixed)

@@ -49,9 +49,9 @@ def run(arguments: list[str]) -> int:
         raise ValueError(f"--calibration: none of {len(paths)} images can be read")
     begin = time.perf_counter()
     size = "x".join(map(str, description.size)) if description.size else "any size"
-    more = ", or any other," if description.any_size and description.size else ""
+    more = ", or any other" if description.any_size and description.size else ""
     count = "one" if description.one_image else "any number"
-    print(f"{file.name}: {description.task} of images of {size}{more}{'' if more else ','} {count} at once", flush=True)
+    print(f"{file.name}: {description.task} of images of {size}{more}, {count} at once", flush=True)
     routes = form.routes and description.precision != "int8"  # which is made of a file of its own
     outputs = Outputs(folded(model), options.features, routes)
     if description.precision == "bfloat16" and form.suffix == ".pt2":

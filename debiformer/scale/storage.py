@@ -77,7 +77,7 @@ class Output:
         self.fs, self.folder = connect(address)
         self.address = full_name(self.fs, self.folder)  # which holds in other folders and on other machines too
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
-        self.whole = bool(protocols & OBJECT_STORES)
+        self.whole = bool(protocols & OBJECT_STORES)  # whether no file is ever seen half written
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Write down what the run is, or see that it is the one that the folder holds.

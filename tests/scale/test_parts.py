@@ -231,7 +231,7 @@ class TestWorker:
         assert [row["path"] for row in found] == part.files
         assert [row["probability"] for row in found] == pytest.approx([row["probability"] for row in expected], abs=1e-6)
 
-    def test_a_model_that_fails_for_any_image_ends_the_run(self, setting, tmp_path, monkeypatch):
+    def test_a_model_that_fails_for_any_image_ends_the_run(self, setting, tmp_path):
         """Rather than call every image bad; an image that it alone cannot take is a row with the reason."""
         (tmp_path / "a.png").write_bytes(png(size=(40, 40)))
         (tmp_path / "b.png").write_bytes(png(size=(41, 41)))
